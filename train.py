@@ -1,0 +1,736 @@
+"""Train an image classifier by natural, GradNorm or PGD adversarial training.
+
+    python train.py --method gradnorm                                          # a laptop: CPU or one GPU
+    torchrun --nproc_per_node=8 train.py --method gradnorm                     # one machine, 8 GPUs
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...
+
+The file reads top to bottom: the three methods, the training loop, then what they stand on: evaluation, data, model,
+checkpoints, and the command line. A run writes into --output-dir:
+
+    checkpoint.pt         all that --resume needs; train.load_checkpoint gives the model
+    metrics.jsonl         one JSON object per epoch
+    gradients/0001.pt     the loss-input gradients of a few fixed images after epoch 1, and so on
+"""
+
+import argparse
+import contextlib
+import gzip
+import json
+import math
+import os
+import pickle
+import sys
+import tempfile
+import time
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from gradnorm import (
+    gradnorm_loss,
+    gradnorm_loss_finite_difference,
+    input_gradient,
+    pgd_attack,
+)
+
+RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, default))  # set by torchrun
+                                for name, default in [("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)])
+
+
+class Objective(nn.Module):
+    """The three methods, each a map from images and targets to the loss to minimise.
+
+    A module, so that DDP and torch.compile wrap all of it: attacks and inner gradients call the bare model inside, and
+    only the one final `.backward()` meets DDP's hooks.
+    """
+
+    def __init__(self, model, args):
+        super().__init__()
+        self.model, self.args = model, args
+
+    def forward(self, x, y, ramp, regularise, grad_scale=1.0):
+        """The loss, and, detached, its terms: cross-entropy and penalty. `ramp` rises from 0 to 1 in the warm-up;
+        `regularise` says whether this step has the penalty."""
+        args = self.args
+        if regularise:
+            loss = gradnorm_loss
+            if args.penalty == "finite-difference":
+                loss = partial(gradnorm_loss_finite_difference, h=args.h)
+            # With the penalty in every K-th step alone, K times the weight keeps its mean.
+            return loss(self.model, x, y, lambda_ce=args.lambda_ce,
+                        lambda_gn=args.lambda_gn * args.gradnorm_every * ramp,
+                        eps=args.eps, grad_scale=grad_scale, return_terms=True)
+        if args.method == "adversarial":  # the paper's step for PGD-3 is 2ε/3
+            x = pgd_attack(self.model, x, y, eps=args.eps, steps=args.steps,
+                           step_size=2 * args.eps / max(args.steps, 1) * ramp, grad_scale=grad_scale)
+        cross_entropy = F.cross_entropy(self.model(x).float(), y)
+        loss = args.lambda_ce * cross_entropy if args.method == "gradnorm" else cross_entropy
+        return loss, cross_entropy.detach(), torch.zeros_like(ramp)
+
+
+def train(args, checkpoint, device):
+    """The loop: epochs of optimiser steps, each epoch closed by an evaluation and a checkpoint."""
+    with rank_zero_first():
+        train_set, test_set = load_dataset(args, train=True), load_dataset(args, train=False)
+        channels, classes = train_set[0][0].shape[0], len(train_set.classes)
+        if checkpoint and checkpoint["config"]["classes"] != train_set.classes:
+            fail(f"the data have {classes} classes, not the {len(checkpoint['config']['classes'])} of the checkpoint: "
+                 "resume with the same --data-dir")
+        try:
+            model = build_model(args.model, channels, classes, args.activation, args.pretrained and not checkpoint)
+        except OSError as error:
+            fail(f"--pretrained: cannot download the weights of {args.model} ({error})")
+        check_model(model, args, train_set[0][0])
+    model.to(device)
+
+    sampler = DistributedSampler(train_set, WORLD_SIZE, RANK, seed=args.seed, drop_last=True)
+    in_memory = isinstance(train_set, Images)
+    loader = DataLoader(train_set, args.batch_size, sampler=sampler, drop_last=True, pin_memory=device.type == "cuda",
+                        num_workers=0 if in_memory else args.workers,
+                        collate_fn=(lambda batch: batch) if in_memory else None)
+    steps_per_epoch = len(loader) // args.accumulate
+    if not steps_per_epoch:
+        fail(f"--batch-size {args.batch_size} x --accumulate {args.accumulate} x {WORLD_SIZE} processes is more than "
+             f"the {len(train_set)} training images: lower --batch-size")
+    warmup_steps, total_steps = round(args.warmup_epochs * steps_per_epoch), args.epochs * steps_per_epoch
+    batch_augmentation = mixup_or_cutmix(classes) if args.augment == "strong" else lambda x, y: (x, y)
+    held_out = balanced_subset(test_set.targets, args.eval_images)[RANK::WORLD_SIZE]
+    eval_images = torch.stack([test_set[i][0] for i in held_out])
+    eval_labels = torch.as_tensor(test_set.targets)[held_out]
+
+    objective = Objective(model, args)
+    if args.compile:
+        objective.compile()
+    if WORLD_SIZE > 1:
+        objective = DistributedDataParallel(objective, device_ids=[LOCAL_RANK] if device.type == "cuda" else None)
+    optimizer = build_optimizer(model, args)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
+    ema = None
+    if args.ema_decay:
+        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay), use_buffers=True)
+
+    epoch, metrics = 0, []
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        if ema:
+            ema.load_state_dict(checkpoint["ema"])
+        epoch, metrics = checkpoint["epoch"], checkpoint["metrics"]
+    if WORLD_SIZE > 1:
+        epochs = [None] * WORLD_SIZE
+        dist.all_gather_object(epochs, epoch)
+        if len(set(epochs)) > 1:
+            fail(f"the processes found checkpoints of epochs {epochs}: put --output-dir on a file system of them all")
+    config = vars(args) | {"classes": train_set.classes, "channels": channels, "world_size": WORLD_SIZE}
+    output_dir = Path(args.output_dir)
+    if RANK == 0:
+        make_writable(output_dir / "gradients")
+        resumed = f"from epoch {epoch + 1} to {args.epochs}" if epoch < args.epochs else "is finished already"
+        print(f"{args.method} training of {args.model} on {args.dataset}: {len(train_set)} images, {classes} classes, "
+              f"{WORLD_SIZE} process(es) on {device.type}; {output_dir} {resumed}", flush=True)
+
+    while epoch < args.epochs:
+        # Every epoch is a function of (seed, epoch, rank): a resumed run needs no random state but these.
+        torch.manual_seed(int(np.random.SeedSequence([args.seed, epoch, RANK]).generate_state(1)[0]))
+        sampler.set_epoch(epoch)
+        train_mode(model, args.freeze_bn)
+        sums = torch.zeros(5, device=device)
+        start = time.perf_counter()
+        batches = iter(loader)
+        for step in tqdm(range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch), leave=False,
+                         desc=f"epoch {epoch + 1}/{args.epochs}", disable=True if RANK else None):
+            lr = learning_rate(step, warmup_steps, total_steps, args.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            one = torch.ones((), device=device)
+            ramp = one * min(1.0, step / max(warmup_steps, 1))
+            regularise = args.method == "gradnorm" and step % args.gradnorm_every == 0
+            for micro_step in range(args.accumulate):
+                x, y = next(batches)
+                x, y = x.to(device, non_blocking=True).float() / 255, y.to(device, non_blocking=True)
+                x, y = batch_augmentation(x, y)
+                # The inner gradient is that of one example's loss, N times the scaled loss's.
+                grad_scale = scaler.scale(one) / len(x) if scaler.is_enabled() else 1.0
+                last = micro_step == args.accumulate - 1
+                with contextlib.nullcontext() if last or WORLD_SIZE == 1 else objective.no_sync():
+                    with torch.autocast(device.type, amp_dtype, enabled=args.amp != "off"):
+                        loss, cross_entropy, penalty = objective(x, y, ramp, regularise, grad_scale)
+                    scaler.scale(loss / args.accumulate).backward()
+                terms = torch.stack([loss.detach(), cross_entropy, penalty, one, one * regularise])
+                sums += torch.where(terms.isfinite().all(), terms, 0)  # GradScaler will skip an overflow
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad_norm or math.inf)
+            # DDP averages a nan into every rank's gradients: all ranks stop here together.
+            if not norm.isfinite() and not (scaler.is_enabled() and scaler.get_scale() >= 1):
+                fail(f"not finite in epoch {epoch + 1}, step {step + 1}: loss {loss.item()}, norm of its gradient "
+                     f"{norm.item()}; lower --lr or --lambda-gn. The last good checkpoint stays in {output_dir}", 1)
+            scaler.step(optimizer)  # skips a step whose fp16 gradients overflowed
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            if ema:
+                ema.update_parameters(model)
+        seconds = time.perf_counter() - start
+        epoch += 1
+
+        if WORLD_SIZE > 1:
+            dist.all_reduce(sums)
+        loss, cross_entropy, penalty, count, regularised = sums.tolist()
+        images = steps_per_epoch * args.accumulate * args.batch_size * WORLD_SIZE
+        metrics.append({"epoch": epoch, "loss": loss / count, "cross_entropy": cross_entropy / count,
+                        "penalty": penalty / regularised if regularised else None, "lr": lr,
+                        "seconds": seconds, "images_per_second": images / seconds,
+                        **evaluate(model, eval_images, eval_labels, args.eps, args.batch_size, device)})
+        if ema:
+            averaged = evaluate(ema.module, eval_images, eval_labels, args.eps, args.batch_size, device)
+            metrics[-1] |= {f"ema_{name}": value for name, value in averaged.items()}
+        if RANK == 0:  # the checkpoint last: whatever a kill leaves without one is written anew
+            save_gradients(output_dir / f"gradients/{epoch:04d}.pt", (ema.module if ema else model).eval(),
+                           eval_images[:4], eval_labels[:4], device)
+            with replace(output_dir / "metrics.jsonl") as file:
+                file.writelines(json.dumps(line).encode() + b"\n" for line in metrics)
+            with replace(output_dir / "checkpoint.pt") as file:
+                torch.save({"model": model.state_dict(), "ema": ema.state_dict() if ema else None,
+                            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                            "epoch": epoch, "metrics": metrics, "config": config}, file)
+            print_epoch(metrics[-1], args.epochs)
+
+
+def learning_rate(step, warmup_steps, total_steps, peak, floor=1e-5):
+    """Linear warm-up from `floor` to `peak`, then half a cosine down to `floor`; the paper's floor is 1e-5."""
+    floor = min(floor, peak)
+    if step < warmup_steps:
+        return floor + (peak - floor) * step / warmup_steps
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def build_optimizer(model, args):
+    """AdamW or SGD with momentum; norms and biases, the parameters of one dimension, are not decayed."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay},
+              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=args.lr)
+    return torch.optim.SGD(groups, lr=args.lr, momentum=0.9)
+
+
+def is_batchnorm(module):
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def train_mode(model, freeze_bn):
+    """Train mode, but for BatchNorm in eval mode with `freeze_bn`: its statistics stay as they are."""
+    model.train()
+    if freeze_bn:
+        for module in filter(is_batchnorm, model.modules()):
+            module.eval()
+
+
+# Evaluation
+
+
+def evaluate(model, images, labels, eps, batch_size, device, steps=10):
+    """Clean and PGD accuracy (%) and mean ‖∇x L‖₁ (pixels in [0, 1]), over the images of all ranks.
+
+    `images` are this rank's, (N, C, H, W) uint8. PGD starts from the same random points in every epoch.
+    """
+    model.eval()
+    torch.manual_seed(RANK)
+    sums = torch.zeros(4, device=device)
+    for x, y in zip(images.split(batch_size), labels.split(batch_size)):
+        x, y = x.to(device).float() / 255, y.to(device)
+        gradient_norm = input_gradient(model, x, y).abs().sum()
+        adversarial = pgd_attack(model, x, y, eps=eps, steps=steps)
+        with torch.no_grad():
+            clean = model(x).argmax(1) == y
+            robust = clean & (model(adversarial).argmax(1) == y)
+        sums += torch.stack([clean.sum(), robust.sum(), gradient_norm, torch.tensor(len(x), device=device)])
+    if WORLD_SIZE > 1:
+        dist.all_reduce(sums)
+    clean, robust, gradient_norm, count = sums.tolist()
+    return {"clean_accuracy": 100 * clean / count, f"pgd{steps}_accuracy": 100 * robust / count,
+            "gradient_norm": gradient_norm / count}
+
+
+def save_gradients(path, model, images, labels, device):
+    """What the picture of gradient against epoch needs; bfloat16 keeps the range of float32 in half its size."""
+    gradients = input_gradient(model, images.to(device).float() / 255, labels.to(device))
+    with replace(path) as file:
+        torch.save({"images": images, "labels": labels, "gradients": gradients.bfloat16().cpu()}, file)
+
+
+def print_epoch(line, epochs):
+    penalty = "" if line["penalty"] is None else f" penalty {line['penalty']:.4f}"
+    ema = ""
+    if "ema_clean_accuracy" in line:
+        ema = f" (EMA: {line['ema_clean_accuracy']:.2f}, {line['ema_pgd10_accuracy']:.2f})"
+    print(f"epoch {line['epoch']}/{epochs}  loss {line['loss']:.4f} cross-entropy {line['cross_entropy']:.4f}{penalty} "
+          f" clean {line['clean_accuracy']:.2f} PGD-10 {line['pgd10_accuracy']:.2f}{ema} "
+          f" |grad| {line['gradient_norm']:.2f}  lr {line['lr']:.1e}  {line['seconds']:.1f} s "
+          f" {line['images_per_second']:.0f} images/s", flush=True)
+
+
+# Data
+
+
+class Images(Dataset):
+    """A data set in memory: images (N, C, H, W) uint8, targets (N,), the names of the classes."""
+
+    def __init__(self, images, targets, classes, transform=None):
+        self.images, self.targets, self.classes, self.transform = images, targets, classes, transform
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i], self.targets[i]
+
+    def __getitems__(self, indices):
+        """A whole batch at once, for the loader; the transform draws anew for each image."""
+        images = self.images[indices]
+        if self.transform:
+            images = torch.stack([self.transform(image) for image in images])
+        return images, self.targets[indices]
+
+
+class BadImage(Exception):
+    """An image file that cannot be read."""
+
+
+def load_dataset(args, train):
+    """The training or the held-out part of --dataset, of (image (C, H, W) uint8, class index)."""
+    if args.dataset == "imagefolder":
+        return load_image_folder(args, train)
+    if args.dataset == "shapes":
+        images, targets, classes = draw_shapes(20_000, seed=0) if train else draw_shapes(2_000, seed=1)
+    else:
+        folder = Path(args.data_dir or "data")
+        try:
+            if args.dataset == "fashion-mnist":
+                images, targets, classes = load_fashion_mnist(folder, train)
+            else:
+                data = torchvision.datasets.CIFAR10(folder, train, download=True)
+                images, targets, classes = torch.from_numpy(data.data).permute(0, 3, 1, 2), data.targets, data.classes
+        except (OSError, RuntimeError, EOFError, ValueError) as error:
+            fail(f"no {args.dataset} in {folder.absolute()}, and its download failed ({error}): put it there or name "
+                 "its place with --data-dir"
+                 + "; or apt-get install dataset-fashion-mnist" * (args.dataset == "fashion-mnist"))
+    size = images.shape[-1]
+    transform = train_transform(args, size, v2.RandomCrop(size, padding=size // 8)) if train else None
+    return Images(images.contiguous(), torch.as_tensor(targets), classes, transform)
+
+
+def load_fashion_mnist(folder, train):
+    """Fashion-MNIST from the four idx .gz files in `folder` or where Debian puts them, or else from torchvision."""
+    classes = torchvision.datasets.FashionMNIST.classes
+    part = "train" if train else "t10k"
+    for place in (folder, Path("/usr/share/datasets/fashion-mnist")):
+        if (place / f"{part}-images-idx3-ubyte.gz").exists():
+            with gzip.open(place / f"{part}-images-idx3-ubyte.gz") as file:
+                images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28)
+            with gzip.open(place / f"{part}-labels-idx1-ubyte.gz") as file:
+                targets = np.frombuffer(file.read(), np.uint8, offset=8)
+            return torch.from_numpy(images.copy()), targets.astype(np.int64), classes
+    data = torchvision.datasets.FashionMNIST(folder, train, download=True)
+    return data.data[:, None], data.targets, classes
+
+
+def load_image_folder(args, train):
+    """--data-dir/train or val, one folder of image files per class, as ImageNet has it."""
+    if not args.data_dir:
+        fail("--dataset imagefolder needs --data-dir, which holds train/ and val/, each with a folder per class")
+    folder, size = Path(args.data_dir) / ("train" if train else "val"), args.image_size
+    transform = train_transform(args, size, v2.RandomResizedCrop(size)) if train else None
+    transform = transform or v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)])
+    try:
+        return torchvision.datasets.ImageFolder(folder, v2.Compose([v2.PILToTensor(), transform]), loader=read_image)
+    except OSError as error:
+        fail(f"no images in {folder.absolute()} ({error}): --data-dir must hold train/ and val/, each with a folder "
+             "per class")
+
+
+def read_image(path):
+    try:
+        return torchvision.datasets.folder.pil_loader(path)
+    except (OSError, SyntaxError, ValueError) as error:  # all that PIL raises
+        raise BadImage(f"cannot read the image {path} ({error}): mend or remove it") from None
+
+
+def train_transform(args, size, crop):
+    """--augment for one image (C, H, W) uint8. Strong is the paper's; its mixup and cutmix follow per batch."""
+    if args.augment == "none":
+        return None
+    if args.augment == "basic":
+        return v2.Compose([crop, v2.RandomHorizontalFlip()])
+    return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.RandAugment(magnitude=9),
+                       v2.ColorJitter(0.4, 0.4, 0.4), v2.RandomErasing(0.25, value="random")])
+
+
+def mixup_or_cutmix(classes, smoothing=0.1):
+    """The paper's mixup 0.8 or cutmix 1.0, each for half of the batches, and label smoothing: targets turn soft."""
+    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=classes), v2.CutMix(alpha=1.0, num_classes=classes)])
+
+    def augment(x, y):
+        x, y = mix(x, y)
+        return x, y * (1 - smoothing) + smoothing / classes
+
+    return augment
+
+
+def balanced_subset(targets, n):
+    """Indices of n images in a fixed, shuffled order in which the classes take turns."""
+    targets = torch.as_tensor(targets)
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+    by_class = order[targets[order].argsort(stable=True)]
+    turn = torch.cat([torch.arange(count) for count in targets.bincount().tolist()])
+    return by_class[turn.argsort(stable=True)][:n]
+
+
+def draw_shapes(n, seed, size=32):
+    """`shapes`, the embedded data set: ten anti-aliased shapes of random colour, place, size and rotation on a shaded,
+    noisy background. Images (n, 3, size, size) uint8, targets (n,), the names of the classes."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high, *shape):
+        return torch.empty(n, *shape).uniform_(low, high, generator=rng)
+
+    # Each shape by its signed distance (negative inside), in units of its radius.
+    corner = math.sqrt(3) / 2
+
+    def bar(x, y):
+        return torch.maximum(x.abs() - 1, y.abs() - 0.3)
+
+    def star(x, y):
+        angle = torch.atan2(y, x).remainder(math.tau / 5) - math.tau / 10
+        radius = torch.hypot(x, y)
+        return (0.588 * (radius * angle.cos() - 0.42) - 0.389 * radius * angle.sin().abs()) / 0.705
+
+    def heart(x, y):
+        return torch.minimum((x.abs() + y.abs()) / math.sqrt(2), torch.hypot(x.abs() - 0.354, y - 0.354)) - 0.5
+
+    distances = {
+        "disc": lambda x, y: torch.hypot(x, y) - 0.9,
+        "ring": lambda x, y: (torch.hypot(x, y) - 0.75).abs() - 0.2,
+        "half-disc": lambda x, y: torch.maximum(torch.hypot(x, y) - 1, y),
+        "crescent": lambda x, y: torch.maximum(torch.hypot(x, y) - 1, 0.75 - torch.hypot(x - 0.5, y)),
+        "triangle": lambda x, y: torch.maximum(-y, y / 2 + corner * x.abs()) - 0.5,
+        "square": lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.75,
+        "bar": bar,
+        "cross": lambda x, y: torch.minimum(bar(x, y), bar(y, x)),
+        "star": star,
+        "heart": heart,
+    }
+    targets = torch.randperm(n, generator=rng) % len(distances)
+    radius, angle = uniform(0.6, 0.85, 1, 1), uniform(-0.5, 0.5, 1, 1)
+    axis = torch.linspace(-1, 1, size)
+    x = (axis - uniform(-0.2, 0.2, 1, 1)) / radius
+    y = (axis[:, None] - uniform(-0.2, 0.2, 1, 1)) / radius
+    x, y = x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()
+    distance = torch.empty(n, size, size)
+    for target, signed_distance in enumerate(distances.values()):
+        chosen = targets == target
+        distance[chosen] = signed_distance(x[chosen], y[chosen])
+    coverage = torch.sigmoid(-2 * distance * radius * size / 2)[:, None]  # an edge about a pixel wide
+
+    background = uniform(0, 1, 3, 1, 1)
+    colour = (background + uniform(0.2, 0.4, 3, 1, 1)) % 1  # apart by at least 0.2 in each channel
+    slope = uniform(-0.1, 0.1, 2, 1, 1)
+    images = background + (slope[:, :1] * axis + slope[:, 1:] * axis[:, None])
+    images = images + coverage * (colour - images) + 0.02 * torch.randn(n, 3, size, size, generator=rng)
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8), targets, list(distances)
+
+
+# Model
+
+
+class ConvNet(nn.Module):
+    """The small default: 4x4 patches, three residual blocks, 0.1 M parameters. GroupNorm of one group normalises each
+    example by itself, and GELU is smooth: both are what GradNorm needs."""
+
+    def __init__(self, channels, classes, width=64, blocks=3):
+        super().__init__()
+        self.patches = nn.Conv2d(channels, width, kernel_size=4, stride=4)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.GroupNorm(1, width), nn.GELU(), nn.Conv2d(width, width, kernel_size=3, padding=1))
+            for _ in range(blocks))
+        self.norm, self.act = nn.GroupNorm(1, width), nn.GELU()
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x):
+        x = self.patches(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(self.act(self.norm(x)).mean((2, 3)))
+
+
+class Normalize(nn.Module):
+    """The first layer of every model, which therefore takes pixels in [0, 1]. A grey image becomes an RGB one where the
+    mean has three channels."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+
+    def forward(self, x):
+        return (x - self.mean) / self.std
+
+
+ACTIVATIONS = {"gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU}
+
+
+def build_model(name, channels, classes, activation=None, pretrained=False):
+    """A model from pixels (N, `channels`, H, W) to logits (N, `classes`): ConvNet, or torchvision's of that name with
+    ImageNet's normalisation. `activation` replaces every ReLU, GELU and SiLU module."""
+    if name == "convnet":
+        model = nn.Sequential(Normalize([0.5] * channels, [0.25] * channels), ConvNet(channels, classes))
+    else:
+        if pretrained:
+            network = torchvision.models.get_model(name, weights="DEFAULT")
+            head, module = [(n, m) for n, m in network.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
+            if module.weight.shape[0] != classes:  # a fresh head, unless the data have ImageNet's 1000 classes
+                fresh = (nn.Linear(module.in_features, classes) if isinstance(module, nn.Linear) else
+                         nn.Conv2d(module.in_channels, classes, module.kernel_size))
+                network.set_submodule(head, fresh)
+        else:
+            network = torchvision.models.get_model(name, num_classes=classes)
+        model = nn.Sequential(Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), network)
+    for module in list(model.modules()):
+        # No dropout and no drop-path, as in the paper: the penalty and the attack must see the function of the loss.
+        if isinstance(module, (nn.Dropout, torchvision.ops.StochasticDepth)):
+            module.p = 0.0
+        for child_name, child in module.named_children():
+            if activation and isinstance(child, tuple(ACTIVATIONS.values())):
+                setattr(module, child_name, ACTIVATIONS[activation]())
+    return model
+
+
+def check_model(model, args, image):
+    """Stop here, not in the middle of the first step, if the model does not fit the settings or such an image."""
+    if args.activation and not any(isinstance(module, ACTIVATIONS[args.activation]) for module in model.modules()):
+        fail(f"--activation {args.activation}: {args.model} has no ReLU, GELU or SiLU module to replace")
+    if args.compile and args.method != "natural" and not args.freeze_bn and any(map(is_batchnorm, model.modules())):
+        fail(f"--compile cannot trace the inner gradient of {args.model} while BatchNorm updates its statistics: "
+             "add --freeze-bn")
+    try:
+        with torch.no_grad():
+            model.eval()(image[None].float() / 255)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        fail(f"{args.model} does not take images of {tuple(image.shape)} (channels, height, width): {error}")
+
+
+# Checkpoints
+
+
+def load_checkpoint(path, device="cpu"):
+    """The model of a checkpoint, in eval mode, and its configuration, a dict of train.py's flags, `classes` (names) and
+    `channels`. The averaged weights if it was trained with --ema-decay. Raises ValueError on any other file."""
+    checkpoint = read_checkpoint(path)
+    config = checkpoint["config"]
+    model = build_model(config["model"], config["channels"], len(config["classes"]), config["activation"])
+    if checkpoint["ema"]:
+        averaged = AveragedModel(model, use_buffers=True)
+        averaged.load_state_dict(checkpoint["ema"])
+        model = averaged.module
+    else:
+        model.load_state_dict(checkpoint["model"])
+    return model.eval().to(device), config
+
+
+def read_checkpoint(path):
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # never unpickles code
+        checkpoint["config"]["classes"], checkpoint["model"], checkpoint["epoch"]
+    except FileNotFoundError:
+        raise ValueError(f"no checkpoint at {path}") from None
+    except (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError,
+            pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines() or [""]
+        raise ValueError(f"{path} is not a checkpoint of train.py ({type(error).__name__}: {reason[0]})") from None
+    return checkpoint
+
+
+@contextlib.contextmanager
+def replace(path):
+    """A binary file to write, which takes the place of `path` at the end, whole, or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def make_writable(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        fail(f"cannot write into {folder} ({error.strerror}): choose another --output-dir")
+
+
+# Command line
+
+
+def fail(message, status=2, every_rank=False):
+    """End with one line on stderr, by default once per machine."""
+    if LOCAL_RANK == 0 or every_rank:
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+@contextlib.contextmanager
+def rank_zero_first():
+    """The first process of each machine runs the body, which may download, before the others do."""
+    if WORLD_SIZE > 1 and LOCAL_RANK > 0:
+        dist.barrier()
+    yield
+    if WORLD_SIZE > 1 and LOCAL_RANK == 0:
+        dist.barrier()
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: int, or float that may be a fraction such as 4/255; from `low` (or above it) to `high`."""
+    def parse(text):
+        try:
+            value = int(text) if kind is int else float(Fraction(text))
+        except (ValueError, ZeroDivisionError, OverflowError):
+            value = math.nan
+        if not (low < value if above else low <= value) or value > high:
+            what = "an integer" if kind is int else "a number or a fraction"
+            span = f"{'above' if above else 'from'} {low}" + f" to {high}" * (high < math.inf)
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {span}")
+        return value
+    return parse
+
+
+def parse_args():
+    """The settings, and the checkpoint to resume from or None."""
+    count, weight, radius = number(int, 1), number(float, 0), number(float, 0, 1, above=True)
+    models = set(torchvision.models.list_models(module=torchvision.models))
+    models -= {"googlenet", "inception_v3"}  # they return auxiliary logits beside the logits
+    parser = argparse.ArgumentParser(
+        description="Train an image classifier by natural, GradNorm or PGD adversarial training.",
+        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = fail
+
+    add = parser.add_argument_group("method").add_argument
+    add("--method", default="gradnorm", choices=["natural", "gradnorm", "adversarial"],
+        help="loss to minimise: cross-entropy, L_GradNorm, or cross-entropy of PGD's images")
+    add("--eps", default="4/255", type=radius, metavar="E",
+        help="radius ε of the L∞ ball, in pixels of [0, 1]: of the penalty, the attack and the evaluation")
+    add("--lambda-ce", default=0.8, type=weight, metavar="L", help="gradnorm: weight of the cross-entropy")
+    add("--lambda-gn", default=1.2, type=weight, metavar="L", help="gradnorm: weight of the gradient norm")
+    add("--penalty", default="double-backprop", choices=["double-backprop", "finite-difference"],
+        help="gradnorm: how the gradient norm is differentiated")
+    add("--h", type=radius, metavar="H", help="gradnorm: step of the finite difference in pixels; ε/2 if not given")
+    add("--gradnorm-every", default=1, type=count, metavar="K",
+        help="gradnorm: penalty in every K-th step alone, with K times the weight")
+    add("--steps", default=3, type=number(int, 0), metavar="N", help="adversarial: steps of PGD, of size 2ε/N")
+
+    add = parser.add_argument_group("data and model").add_argument
+    add("--dataset", default="shapes", choices=["shapes", "fashion-mnist", "cifar10", "imagefolder"],
+        help="shapes is drawn by this file, the next two are downloaded, imagefolder is any folder of images")
+    add("--data-dir", metavar="DIR", help="where the data are, or go; for imagefolder it holds train/ and val/")
+    add("--image-size", default=224, type=count, metavar="N", help="imagefolder: side of the crop in pixels")
+    add("--augment", default="none", choices=["none", "basic", "strong"],
+        help="basic: crop and flip; strong: the paper's recipe, with RandAugment, colour jitter, random erasing, "
+             "mixup, cutmix and label smoothing")
+    add("--model", default="convnet", choices=["convnet", *sorted(models)], metavar="NAME",
+        help="convnet, or any classification model of torchvision, such as resnet50, swin_b or vit_b_16")
+    add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
+    add("--activation", choices=list(ACTIVATIONS), help="replace every ReLU, GELU and SiLU of the model by this")
+    add("--freeze-bn", action="store_true", help="keep BatchNorm in eval mode, as the paper does for ResNets")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", default=8, type=count, metavar="N", help="passes over the training images")
+    add("--batch-size", default=128, type=count, metavar="N", help="images per process and forward pass")
+    add("--accumulate", default=1, type=count, metavar="N", help="forward passes per optimiser step")
+    add("--optimizer", default="adamw", choices=["adamw", "sgd"], help="sgd has momentum 0.9")
+    add("--lr", default=1e-2, type=number(float, 0, above=True), metavar="LR", help="peak learning rate")
+    add("--warmup-epochs", default=2, type=weight, metavar="N",
+        help="learning rate, weight of the gradient norm and step of the training attack rise over these epochs")
+    add("--weight-decay", default=0.05, type=weight, metavar="W", help="not on norms and biases")
+    add("--clip-grad-norm", default=1.0, type=weight, metavar="C", help="largest norm of the gradient; 0 clips nothing")
+    add("--ema-decay", default=0.0, type=number(float, 0, 1), metavar="D",
+        help="keep, evaluate and save an average of the weights; the paper's is 0.9998; 0 keeps none")
+
+    add = parser.add_argument_group("running").add_argument
+    add("--output-dir", metavar="DIR", help="where the run is written; runs/METHOD if not given")
+    add("--resume", action="store_true",
+        help="go on from the checkpoint in --output-dir with its settings; start if there is none")
+    add("--amp", default="off", choices=["off", "bf16", "fp16"], help="mixed precision in training")
+    add("--compile", action="store_true", help="torch.compile the objective; takes minutes to start")
+    add("--device", choices=["cpu", "cuda"], help="cuda where there is one, if not given")
+    add("--workers", default=min(8, os.cpu_count()), type=number(int, 0), metavar="N",
+        help="imagefolder: loading processes per training process")
+    add("--eval-images", default=1000, type=count, metavar="N", help="held-out images to evaluate on after each epoch")
+    add("--seed", default=0, type=number(int, 0), metavar="N", help="of the weights, the order of images and all noise")
+
+    args, checkpoint = parser.parse_args(), None
+    path = Path(args.output_dir or f"runs/{args.method}") / "checkpoint.pt"
+    if os.path.lexists(path):
+        if not args.resume:
+            fail(f"{path} exists already: go on with --resume, or choose another --output-dir")
+        try:
+            checkpoint = read_checkpoint(path)
+        except ValueError as error:
+            fail(error)
+        saved = {name: value for name, value in checkpoint["config"].items()
+                 if name in vars(args) and name not in ("resume", "output_dir")}
+        parser.set_defaults(**saved)
+        args = parser.parse_args()
+        for name in saved.keys() - {"data_dir", "device", "workers"}:
+            if getattr(args, name) != saved[name]:
+                fail(f"--{name.replace('_', '-')} {getattr(args, name)} is not the checkpoint's {saved[name]}: resume "
+                     f"{path} with its own settings, or choose another --output-dir")
+        world_size = checkpoint["config"]["world_size"]
+        if world_size != WORLD_SIZE:
+            fail(f"{path} was trained by {world_size} processes: resume it with as many, not {WORLD_SIZE}")
+    if args.pretrained and args.model == "convnet":
+        fail("--pretrained: convnet has no ImageNet weights; choose another --model")
+    if args.eval_images < WORLD_SIZE:
+        fail(f"--eval-images {args.eval_images}: {WORLD_SIZE} processes need an image each")
+    args.output_dir = str(path.parent)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cuda" and torch.cuda.device_count() <= LOCAL_RANK:
+        fail(f"--device cuda: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"
+             + " or fewer processes" * (LOCAL_RANK > 0))
+    return args, checkpoint
+
+
+def main():
+    args, checkpoint = parse_args()
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(LOCAL_RANK)
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(args.seed)  # the same first weights on every rank
+    try:
+        train(args, checkpoint, device)
+    except BadImage as error:
+        fail(str(error).rpartition("BadImage: ")[2].strip(), every_rank=True)
+    except KeyboardInterrupt:
+        fail(f"interrupted; go on from the last epoch with --resume --output-dir {args.output_dir}", 130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
