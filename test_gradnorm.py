@@ -1,0 +1,847 @@
+"""Tests: the mathematics of gradnorm.py against closed forms, numerical derivatives and independent formulas, and what
+breaks in practice in train.py and evaluate.py.
+
+    pytest
+"""
+
+import argparse
+import gzip
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import to_pil_image
+
+import evaluate
+import train
+from gradnorm import (
+    gradnorm_loss,
+    gradnorm_loss_finite_difference,
+    input_gradient,
+    pgd_attack,
+)
+
+HERE = Path(__file__).parent
+LOSSES = [gradnorm_loss, gradnorm_loss_finite_difference]
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def linear_model(classes=3, pixels=12):
+    return nn.Sequential(nn.Flatten(), nn.Linear(pixels, classes)).double()
+
+
+def smooth_model(classes=4):
+    """Convolution, normalisation, smooth activation: all that the default model is made of, in float64."""
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.GroupNorm(1, 6), nn.GELU(), nn.Conv2d(6, 6, 3), nn.SiLU(),
+                         nn.Flatten(), nn.Linear(6 * 4 * 4, classes)).double()
+
+
+def batch(n=5, classes=4, size=8, soft=False):
+    x = torch.rand(n, 3, size, size, dtype=torch.float64)
+    y = torch.rand(n, classes, dtype=torch.float64).softmax(1) if soft else torch.randint(classes, (n,))
+    return x, y
+
+
+def gradients(loss, model):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+def settings(*flags):
+    """The settings of train.py for these flags."""
+    old, sys.argv = sys.argv, ["train.py", "--output-dir", "/nonexistent", *flags]
+    try:
+        return train.parse_args()[0]
+    finally:
+        sys.argv = old
+
+
+# The loss
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_loss_and_gradient_of_a_linear_model_have_a_closed_form(soft):
+    model, (x, y) = linear_model(4, 3 * 8 * 8), batch(soft=soft)
+    loss = gradnorm_loss(model, x, y, lambda_ce=0.7, lambda_gn=1.3, eps=0.1)
+    loss.backward()
+
+    weight, bias = model[1].weight.detach(), model[1].bias.detach()
+    target = y if soft else F.one_hot(y, 4).double()
+    value, weight_gradient, bias_gradient = 0, torch.zeros_like(weight), torch.zeros_like(bias)
+    for xi, ti in zip(x.flatten(1), target):
+        p = torch.softmax(weight @ xi + bias, 0)
+        residual = p - ti  # dL/dlogits
+        gradient = weight.T @ residual  # ∇x L
+        jacobian = torch.diag(p) - torch.outer(p, p)  # dresidual/dlogits
+        s = gradient.sign()
+        through_logits = 0.7 * residual + 1.3 * 0.1 * jacobian @ weight @ s
+        value += 0.7 * -(ti * p.log()).sum() + 1.3 * 0.1 * gradient.abs().sum()
+        weight_gradient += torch.outer(through_logits, xi) + 1.3 * 0.1 * torch.outer(residual, s)
+        bias_gradient += through_logits
+    torch.testing.assert_close(loss, value / 5, rtol=1e-12, atol=0)
+    torch.testing.assert_close(model[1].weight.grad, weight_gradient / 5, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(model[1].bias.grad, bias_gradient / 5, rtol=1e-10, atol=1e-14)
+
+
+@torch.no_grad()
+def test_loss_equals_numerical_differentiation_example_by_example():
+    """∇x of each example alone by central differences: no autograd at all."""
+    model, (x, y) = smooth_model(), batch()
+    steps = 1e-5 * torch.eye(x[0].numel(), dtype=torch.float64).view(-1, *x[0].shape)
+    total = 0
+    for xi, yi in zip(x, y):
+        ahead, behind = (F.cross_entropy(model(xi + d), yi.expand(len(d)), reduction="none") for d in (steps, -steps))
+        norm = ((ahead - behind) / 2e-5).abs().sum()
+        total += 0.8 * F.cross_entropy(model(xi[None]), yi[None]) + 1.2 * 4 / 255 * norm
+    torch.testing.assert_close(gradnorm_loss(model, x, y), total / len(x), rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_parameter_gradient_equals_numerical_differentiation(loss):
+    model, (x, y) = smooth_model(), batch()
+    parameters = nn.utils.parameters_to_vector(model.parameters()).detach()
+    analytic = gradients(loss(model, x, y, lambda_gn=20.0), model)
+
+    def value(vector):
+        nn.utils.vector_to_parameters(vector, model.parameters())
+        return loss(model, x, y, lambda_gn=20.0).item()
+
+    for _ in range(10):
+        direction = F.normalize(torch.randn_like(parameters), dim=0)
+        # The kinks of |∇x L| make the loss piecewise smooth: the step must not cross one.
+        numerical = (value(parameters + 1e-7 * direction) - value(parameters - 1e-7 * direction)) / 2e-7
+        assert numerical == pytest.approx((analytic @ direction).item(), rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_normalised_inputs_with_sigma_equal_pixels(loss):
+    model, (x, y) = smooth_model(), batch()
+    mean, sigma = 0.45, 0.224
+    on_pixels = nn.Sequential(train.Normalize([mean] * 3, [sigma] * 3), model).double()
+    normalised = (x - on_pixels[0].mean) / on_pixels[0].std
+    a, b = loss(on_pixels, x, y, eps=0.1), loss(model, normalised, y, eps=0.1, sigma=on_pixels[0].std[0].item())
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradients(a, model), gradients(b, model), rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_one_hot_targets_equal_class_indices(loss):
+    model, (x, y) = smooth_model(), batch()
+    a, b = loss(model, x, y), loss(model, x, F.one_hot(y, 4).double())
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradients(a, model), gradients(b, model), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_batch_loss_is_the_mean_of_its_examples_losses(loss):
+    model, (x, y) = smooth_model(), batch()
+    alone = torch.stack([loss(model, x[i:i + 1], y[i:i + 1]) for i in range(5)]).mean()
+    together = loss(model, x, y)
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradients(together, model), gradients(alone, model), rtol=1e-9, atol=1e-14)
+
+
+def test_finite_difference_converges_to_double_backprop():
+    model, (x, y) = smooth_model(), batch()
+    exact = gradnorm_loss(model, x, y, eps=0.1)
+    exact_gradient = gradients(exact, model)
+    errors = []
+    for h in (1e-3, 1e-4, 1e-5):
+        loss = gradnorm_loss_finite_difference(model, x, y, eps=0.1, h=h)
+        errors.append((abs(loss - exact).item(), (gradients(loss, model) - exact_gradient).norm().item()))
+    for coarse, fine in itertools.pairwise(errors):  # first order: a tenth of h, a tenth of the error
+        assert fine == pytest.approx((coarse[0] / 10, coarse[1] / 10), rel=0.1)
+
+
+def test_finite_difference_at_h_eps_is_fgsm_adversarial_training():
+    model, (x, y) = smooth_model(), batch()
+    loss = gradnorm_loss_finite_difference(model, x, y, lambda_ce=1, lambda_gn=1, eps=0.1, h=0.1)
+    fgsm = F.cross_entropy(model(x + 0.1 * input_gradient(model, x, y).sign()), y)
+    torch.testing.assert_close(loss, fgsm, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradients(loss, model), gradients(fgsm, model), rtol=1e-8, atol=1e-12)
+
+
+def test_terms_add_up_to_the_loss():
+    model, (x, y) = smooth_model(), batch()
+    for loss in LOSSES:
+        total, cross_entropy, penalty = loss(model, x, y, lambda_ce=0.3, lambda_gn=2.0, return_terms=True)
+        torch.testing.assert_close(total, 0.3 * cross_entropy + 2.0 * penalty)
+        torch.testing.assert_close(cross_entropy, F.cross_entropy(model(x), y).detach())
+    torch.testing.assert_close(gradnorm_loss(model, x, y, lambda_ce=1, eps=0), F.cross_entropy(model(x), y))
+
+
+def test_batchnorm_in_train_mode_is_differentiated_through_the_whole_batch():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.GELU(), nn.Flatten(), nn.Linear(6 * 36, 4)).double()
+    x, y = batch()
+    leaf = x.clone().requires_grad_()
+    whole, = torch.autograd.grad(F.cross_entropy(model(leaf), y, reduction="sum"), leaf)
+    torch.testing.assert_close(input_gradient(model, x, y), whole)
+    gradnorm_loss(model, x, y).backward()
+    model.eval()
+    before = [b.clone() for b in model.buffers()]
+    alone = torch.cat([input_gradient(model, x[i:i + 1], y[i:i + 1]) for i in range(5)])
+    torch.testing.assert_close(input_gradient(model, x, y), alone)
+    assert all(map(torch.equal, before, model.buffers()))
+
+
+def test_input_gradient_is_that_of_each_examples_own_loss():
+    model, (x, y) = smooth_model(), batch(soft=True)
+    gradient = input_gradient(model, x, y)
+    for i in range(5):
+        leaf = x[i:i + 1].clone().requires_grad_()
+        expected, = torch.autograd.grad(F.cross_entropy(model(leaf), y[i:i + 1]), leaf)
+        torch.testing.assert_close(gradient[i:i + 1], expected)
+    assert not gradient.requires_grad and all(p.grad is None for p in model.parameters())
+
+
+class CountMatrixProducts(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        return function(*args, **(kwargs or {}))
+
+
+def test_passes_cost_what_the_docstrings_say():
+    """In passes through each layer: natural 3, GradNorm 6, finite difference 6, PGD-k training 2k + 3. Only the first
+    layer has an input gradient more or less."""
+    layers = 30
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), *[nn.Linear(8, 8) for _ in range(layers - 1)]).double()
+    x, y = torch.rand(8, 3, 2, 2, dtype=torch.float64), torch.randint(8, (8,))
+
+    def passes(loss):
+        with CountMatrixProducts() as counter:
+            loss().backward()
+        return counter.count / layers
+
+    assert passes(lambda: F.cross_entropy(model(x), y)) == pytest.approx(3, abs=1 / layers)
+    assert passes(lambda: gradnorm_loss(model, x, y)) == pytest.approx(6, abs=2 / layers)
+    assert passes(lambda: gradnorm_loss_finite_difference(model, x, y)) == pytest.approx(6, abs=1 / layers)
+    attacked = passes(lambda: F.cross_entropy(model(pgd_attack(model, x, y, steps=3)), y))
+    assert attacked == pytest.approx(2 * 3 + 3, abs=1 / layers)
+
+
+# The attack
+
+
+def test_pgd_finds_the_exact_worst_case_of_a_linear_model():
+    """With two classes the loss is monotone in each pixel: the worst case is a corner of the box."""
+    model = linear_model(2)
+    x, y = torch.rand(50, 3, 2, 2, dtype=torch.float64), torch.randint(2, (50,))
+    towards = (model[1].weight[1 - y] - model[1].weight[y]).sign().view_as(x)
+    worst = (x + 0.3 * towards).clamp(0, 1)  # ε is large: the box of pixels cuts many corners off
+    for random_start in (True, False):
+        attacked = pgd_attack(model, x, y, eps=0.3, steps=10, random_start=random_start)
+        torch.testing.assert_close(attacked, worst)
+
+
+@pytest.mark.parametrize("random_start", [True, False])
+@pytest.mark.parametrize("step_size", [None, 0.5])
+def test_pgd_stays_in_the_ball_and_in_the_box(random_start, step_size):
+    model, (x, y) = smooth_model(), batch(50)
+    x[:10] = x[:10].round()  # black and white pixels
+    for eps in (0, 1 / 255, 0.1, 1):
+        attacked = pgd_attack(model, x, y, eps=eps, steps=4, step_size=step_size, random_start=random_start)
+        assert attacked.min() >= 0 and attacked.max() <= 1
+        assert (attacked - x).abs().max() <= eps + 1e-15
+        assert not attacked.requires_grad
+
+
+def test_pgd_is_stronger_with_larger_eps_and_than_noise():
+    model, (x, y) = smooth_model(), batch(50)
+    attacked = [pgd_attack(model, x, y, eps=eps, steps=10) for eps in (0, 0.01, 0.03, 0.1, 0.3)]
+    losses = [F.cross_entropy(model(images), y).item() for images in attacked]
+    noise = F.cross_entropy(model(pgd_attack(model, x, y, eps=0.3, steps=0)), y)
+    assert torch.equal(attacked[0], x) and losses == sorted(losses) and noise < losses[-1]
+
+
+def test_pgd_takes_madrys_step_and_soft_targets():
+    model, (x, y) = smooth_model(), batch(soft=True)
+    x = 0.25 + x / 2
+    moved = pgd_attack(model, x, y, eps=4 / 255, steps=10, random_start=False, step_size=None)
+    once = pgd_attack(model, x, y, eps=0.1, steps=1, step_size=0.01, random_start=False)
+    torch.testing.assert_close(once, x + 0.01 * input_gradient(model, x, y).sign())
+    twice = x
+    for _ in range(10):  # 2.5 ε / steps is the paper's 1/255
+        twice = (twice + input_gradient(model, twice, y).sign() / 255).clamp(x - 4 / 255, x + 4 / 255)
+    torch.testing.assert_close(moved, twice)
+
+
+def test_pgd_leaves_the_model_as_it_was():
+    model, (x, y) = nn.Sequential(smooth_model(), nn.Dropout()), batch()
+    model[0][0].weight.grad = torch.ones_like(model[0][0].weight)
+    with torch.no_grad():
+        pgd_attack(model, x, y, steps=2)
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    assert (model[0][0].weight.grad == 1).all() and model[0][0].bias.grad is None
+
+
+# Wrong input from Python
+
+
+@pytest.mark.parametrize("call", [*LOSSES, pgd_attack])
+@pytest.mark.parametrize("wrong, words", [
+    ({"x": torch.zeros(5, 3, 8, 8, dtype=torch.uint8)}, "uint8"),
+    ({"y": torch.tensor([0, 1, 2, 3, 4])}, "not 4"),
+    ({"y": torch.tensor([0, 1, 2, 3, -100])}, "not -100"),
+    ({"y": torch.tensor([0, 1])}, r"\(5,\).*\(2,\)"),
+    ({"y": torch.zeros(5, 3, dtype=torch.float64)}, r"\(5, 4\).*\(5, 3\)"),
+    ({"y": torch.full((5, 4), 0.5, dtype=torch.float64)}, "sum"),
+    ({"eps": -0.1}, "eps.*-0.1"),
+])
+def test_wrong_input_raises(call, wrong, words):
+    x, y = batch()
+    with pytest.raises(ValueError, match=words):
+        call(smooth_model(), wrong.get("x", x), wrong.get("y", y), eps=wrong.get("eps", 0.1))
+
+
+def test_wrong_input_of_one_function_raises():
+    model, (x, y) = smooth_model(), batch()
+    for wrong in (x - 0.5, x + 0.5):
+        with pytest.raises(ValueError, match="pixels in"):
+            pgd_attack(model, wrong, y)
+    with pytest.raises(ValueError, match="steps"):
+        pgd_attack(model, x, y, steps=-1)
+    with pytest.raises(ValueError, match="h must be positive, not -1"):
+        gradnorm_loss_finite_difference(model, x, y, h=-1)
+    with pytest.raises(ValueError, match="uint8"):
+        input_gradient(model, x.to(torch.uint8), y)
+
+
+# Precision, compilation, attention
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_autocast_agrees_with_float32(loss, dtype):
+    model = train.build_model("convnet", 3, 10)
+    x, y = torch.rand(16, 3, 32, 32), torch.randint(10, (16,))
+    reference = loss(model, x, y, eps=0.1)
+    expected = gradients(reference, model)
+    with torch.autocast("cpu", dtype):
+        value = loss(model, x, y, eps=0.1, grad_scale=torch.tensor(64.0))
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, reference, rtol=1e-2, atol=0)
+    assert F.cosine_similarity(gradients(value, model), expected, dim=0) > 0.99
+
+
+def test_fp16_inner_gradient_does_not_underflow_with_its_scale():
+    linear = nn.Linear(12, 3)
+    nn.init.constant_(linear.weight, 1e-5)
+    with torch.no_grad():
+        linear.weight[0] = -1e-5
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 12), linear)
+    nn.init.constant_(model[1].weight, 1e-4)
+    x, y = torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
+    exact = input_gradient(model, x, y).abs().sum()
+    assert 0 < exact / x.numel() < 6e-8  # below the smallest number of float16
+    values = []
+    for scale in (1.0, 2.0**16):
+        with torch.autocast("cpu", torch.float16):
+            values.append(gradnorm_loss(model, x, y, lambda_ce=0, lambda_gn=1, eps=1, grad_scale=scale))
+    assert abs(values[0] * 4 / exact - 1) > 0.1  # without a scale it does
+    assert abs(values[1] * 4 / exact - 1) < 0.01
+
+
+@pytest.mark.parametrize("call", [*LOSSES, pgd_attack])
+def test_fp16_overflow_reaches_gradscaler(call):
+    model = train.build_model("convnet", 3, 10)
+    before = [p.clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    x, y = torch.rand(4, 3, 32, 32), torch.randint(10, (4,))
+    with torch.autocast("cpu", torch.float16):
+        if call is pgd_attack:
+            loss = F.cross_entropy(model(pgd_attack(model, x, y, grad_scale=2.0**40)).float(), y)
+        else:
+            loss = call(model, x, y, grad_scale=2.0**40)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**39
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_overflow_to_infinity_is_not_hidden_by_the_absolute_value():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    x, y = torch.rand(4, 3, 2, 2), torch.randint(3, (4,))
+    loss = gradnorm_loss(model, x, y, grad_scale=torch.tensor(3e38) * 100)
+    assert gradients(loss, model).isnan().any()
+
+
+@pytest.mark.parametrize("flags", [[], ["--penalty", "finite-difference"], ["--method", "adversarial"]])
+def test_compiled_objective_equals_eager(flags):
+    model = torchvision.models.VisionTransformer(image_size=16, patch_size=8, num_layers=1, num_heads=2, hidden_dim=16,
+                                                 mlp_dim=32, num_classes=4)
+    nn.init.normal_(model.heads.head.weight)
+    x, y = torch.rand(4, 3, 16, 16), torch.randint(4, (4,))
+    eager = train.Objective(model, settings(*flags))
+    compiled = torch.compile(eager, backend="aot_eager", fullgraph=True)  # capture and differentiation; no C++ compiler
+    for ramp in (torch.tensor(0.0), torch.tensor(1.0)):
+        results = []
+        for objective in (eager, compiled):
+            torch.manual_seed(1)  # of PGD's random start
+            loss, *terms = objective(x, y, ramp, "adversarial" not in flags)
+            results.append((loss.detach(), *terms, gradients(loss, model)))
+        torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vit_b_16", "swin_t"])
+def test_attention_models_make_a_step(name):
+    model = train.build_model(name, 3, 5)
+    assert not any(m.p for m in model.modules() if isinstance(m, (nn.Dropout, torchvision.ops.StochasticDepth)))
+    nn.init.normal_(list(model.modules())[-1].weight, std=0.1)  # torchvision starts vit's head from zero
+    x, y = torch.rand(1, 3, 224, 224), torch.randint(5, (1,))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _, penalty = gradnorm_loss(model, x, y, return_terms=True)
+    loss.backward()
+    assert penalty > 0 and loss.isfinite()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+# Several processes
+
+
+def ddp_gradients(rank, store, penalty):
+    """Each of two ranks takes every second example; saves the averaged gradient."""
+    torch.distributed.init_process_group("gloo", f"file://{store}/rendezvous", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model, (x, y) = smooth_model(), batch(8)
+    objective = train.Objective(model, settings("--penalty", penalty, "--eps", "0.1"))
+    objective = nn.parallel.DistributedDataParallel(objective)
+    objective(x[rank::2], y[rank::2], torch.tensor(1.0).double(), True)[0].backward()
+    torch.save([p.grad for p in model.parameters()], f"{store}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("penalty", ["double-backprop", "finite-difference"])
+def test_two_processes_have_the_gradient_of_one(tmp_path, penalty):
+    torch.multiprocessing.spawn(ddp_gradients, (str(tmp_path), penalty), nprocs=2)
+    torch.manual_seed(0)
+    model, (x, y) = smooth_model(), batch(8)
+    objective = train.Objective(model, settings("--penalty", penalty, "--eps", "0.1"))
+    objective(x, y, torch.tensor(1.0).double(), True)[0].backward()
+    for rank in (0, 1):
+        for gradient, p in zip(torch.load(tmp_path / f"{rank}.pt"), model.parameters()):
+            torch.testing.assert_close(gradient, p.grad, rtol=1e-12, atol=1e-16)
+
+
+# Training
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """An image folder of three classes, 48 training and 12 held-out JPEGs, not square, noise of three colours."""
+    root = tmp_path_factory.mktemp("images")
+    rng = torch.Generator().manual_seed(0)
+    for part, count in (("train", 16), ("val", 4)):
+        for colour, name in enumerate(["blue", "green", "red"]):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                image = torch.randint(160, (3, 20, 24), generator=rng)
+                image[2 - colour] += 90
+                to_pil_image(image.to(torch.uint8)).save(root / part / name / f"{i}.jpg")
+    return root
+
+
+def flags_for(folder, output_dir):
+    return ["--dataset", "imagefolder", "--data-dir", str(folder), "--image-size", "16", "--workers", "0",
+            "--device", "cpu", "--batch-size", "16", "--epochs", "2", "--warmup-epochs", "1", "--lr", "2e-3",
+            "--eval-images", "12", "--eps", "8/255", "--output-dir", str(output_dir)]
+
+
+def run(*flags):
+    """train.py in this process."""
+    old, sys.argv = sys.argv, ["train.py", *map(str, flags)]
+    try:
+        train.main()
+    finally:
+        sys.argv = old
+
+
+def start(*flags, launcher=(), script="train.py"):
+    """train.py in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(HERE)}
+    return subprocess.Popen([sys.executable, *launcher, str(HERE / script), *map(str, flags)], env=environment,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def saved(output_dir, key="model"):
+    return torch.load(Path(output_dir) / "checkpoint.pt", weights_only=True)[key]
+
+
+def metrics(output_dir):
+    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_it_promises(folder, tmp_path, capsys):
+    run(*flags_for(folder, tmp_path), "--ema-decay", "0.5", "--activation", "silu", "--penalty", "finite-difference")
+    lines = metrics(tmp_path)
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert lines[1]["loss"] == pytest.approx(0.8 * lines[1]["cross_entropy"] + 1.2 * lines[1]["penalty"], rel=1e-5)
+
+    model, config = train.load_checkpoint(tmp_path / "checkpoint.pt")
+    assert not model.training and config["classes"] == ["blue", "green", "red"] and config["eps"] == 8 / 255
+    kinds = {type(module) for module in model.modules()}
+    assert nn.SiLU in kinds and nn.GELU not in kinds
+    held_out = train.load_dataset(argparse.Namespace(**config), train=False)
+    images, labels = torch.stack([image for image, _ in held_out]), torch.tensor(held_out.targets)
+    pixels = images.float() / 255
+    accuracy = (model(pixels).argmax(1) == labels).double().mean().item()
+    assert lines[1]["ema_clean_accuracy"] == pytest.approx(100 * accuracy)
+    norm = input_gradient(model, pixels, labels).abs().sum((1, 2, 3)).mean().item()
+    assert lines[1]["ema_gradient_norm"] == pytest.approx(norm, rel=1e-4)
+
+    kept = torch.load(tmp_path / "gradients/0002.pt", weights_only=True)
+    assert len(set(kept["labels"].tolist())) == 3  # four images of three classes: they take turns
+    expected = input_gradient(model, kept["images"].float() / 255, kept["labels"])
+    torch.testing.assert_close(kept["gradients"].float(), expected, rtol=1e-2, atol=1e-8)
+
+
+def test_training_step_is_the_equation(folder, tmp_path):
+    """One epoch of SGD, rewritten in a few lines with none of train.py's loop."""
+    run(*flags_for(folder, tmp_path), "--optimizer", "sgd", "--lr", "0.1", "--clip-grad-norm", "0.5", "--epochs", "1",
+        "--gradnorm-every", "2", "--weight-decay", "0.01", "--ema-decay", "0.8")
+    torch.manual_seed(0)
+    model = train.build_model("convnet", 3, 3)
+    data = train.load_dataset(argparse.Namespace(**saved(tmp_path, "config")), train=True)
+    order = list(torch.utils.data.DistributedSampler(data, 1, 0))
+    velocity, average = [0] * len(list(model.parameters())), None
+    for step in range(3):
+        x = torch.stack([data[i][0] for i in order[16 * step:16 * step + 16]]).float() / 255
+        y = torch.tensor([data[i][1] for i in order[16 * step:16 * step + 16]])
+        loss = 0.8 * F.cross_entropy(model(x), y)
+        if step % 2 == 0:  # twice the weight, times the ramp
+            loss = gradnorm_loss(model, x, y, lambda_gn=2 * 1.2 * step / 3, eps=8 / 255)
+        gradient = torch.autograd.grad(loss, list(model.parameters()))
+        norm = torch.cat([g.flatten() for g in gradient]).norm()
+        with torch.no_grad():
+            for i, (p, g) in enumerate(zip(model.parameters(), gradient)):
+                velocity[i] = 0.9 * velocity[i] + g * min(1, 0.5 / norm) + 0.01 * p * (p.ndim > 1)
+                p -= (1e-5 + (0.1 - 1e-5) * step / 3) * velocity[i]
+            weights = nn.utils.parameters_to_vector(model.parameters())
+            average = weights if average is None else 0.8 * average + 0.2 * weights
+    trained = torch.cat([w.flatten() for name, w in saved(tmp_path).items() if name not in ("0.mean", "0.std")])
+    torch.testing.assert_close(trained, weights, rtol=1e-4, atol=1e-6)
+    averaged, _ = train.load_checkpoint(tmp_path / "checkpoint.pt")
+    torch.testing.assert_close(nn.utils.parameters_to_vector(averaged.parameters()), average, rtol=1e-4, atol=1e-6)
+
+
+def test_two_processes_or_two_accumulated_batches_train_as_one(folder, tmp_path):
+    common = ["--optimizer", "sgd", "--lr", "0.1"]
+    run(*flags_for(folder, tmp_path / "one"), *common)
+    run(*flags_for(folder, tmp_path / "accumulated"), *common, "--batch-size", "8", "--accumulate", "2")
+    two = start(*flags_for(folder, tmp_path / "two"), *common, "--batch-size", "8", launcher=TORCHRUN)
+    output, errors = two.communicate(timeout=120)
+    assert two.returncode == 0, errors
+    assert len(output.splitlines()) == 3  # rank 0 alone speaks
+    for other in ("accumulated", "two"):
+        torch.testing.assert_close(saved(tmp_path / other), saved(tmp_path / "one"), rtol=1e-4, atol=1e-6)
+        for a, b in zip(metrics(tmp_path / other), metrics(tmp_path / "one")):
+            for name in ("loss", "cross_entropy", "penalty", "clean_accuracy", "gradient_norm"):
+                assert a[name] == pytest.approx(b[name], rel=1e-4), name
+
+
+def test_killed_and_resumed_equals_undisturbed(folder, tmp_path):
+    # All that has state: GradScaler, EMA, AdamW, worker processes, every source of randomness.
+    extra = ["--epochs", "5", "--amp", "fp16", "--ema-decay", "0.9", "--augment", "strong", "--workers", "1",
+             "--gradnorm-every", "2"]
+    run(*flags_for(folder, tmp_path / "undisturbed"), *extra)
+    for epochs in (1, 3):
+        process = start(*flags_for(folder, tmp_path / "killed"), *extra, "--resume")
+        deadline = time.monotonic() + 120
+        while not ((tmp_path / "killed/metrics.jsonl").exists() and len(metrics(tmp_path / "killed")) >= epochs):
+            assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert saved(tmp_path / "killed", "epoch") < 5
+    run("--resume", "--output-dir", tmp_path / "killed")  # the settings come from the checkpoint
+    for key in ("model", "ema", "optimizer", "scaler"):
+        killed, undisturbed = saved(tmp_path / "killed", key), saved(tmp_path / "undisturbed", key)
+        torch.testing.assert_close(killed, undisturbed, rtol=0, atol=0)
+    for a, b in zip(metrics(tmp_path / "killed"), metrics(tmp_path / "undisturbed"), strict=True):
+        assert all(a[name] == b[name] for name in a if name not in ("seconds", "images_per_second"))
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError), train.replace(path) as file:
+        file.write(b"half of the n")
+        raise RuntimeError
+    assert path.read_bytes() == b"old"
+    with train.replace(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+
+
+def test_nan_stops_all_ranks_and_keeps_the_last_checkpoint(folder, tmp_path):
+    """A nan in the loss of rank 1 alone, in step 3 of 2 x 2."""
+    script = tmp_path / "nan.py"
+    script.write_text("import train\noriginal, calls = train.gradnorm_loss, []\n"
+                      "def poisoned(*args, **kwargs):\n    calls.append(0)\n"
+                      "    loss, *terms = original(*args, **kwargs)\n"
+                      "    return (loss * (float('nan') if train.RANK == 1 and len(calls) == 3 else 1), *terms)\n"
+                      "train.gradnorm_loss = poisoned\ntrain.main()\n")
+    process = start(*flags_for(folder, tmp_path / "run"), "--batch-size", "12", launcher=TORCHRUN, script=script)
+    _, errors = process.communicate(timeout=120)
+    lines = [line for line in errors.splitlines() if "nan.py: error" in line]
+    assert process.returncode == 1 and len(lines) == 1 and "epoch 2, step 3" in lines[0]
+    assert saved(tmp_path / "run", "epoch") == 1
+
+
+def test_interrupt_ends_in_one_line(folder, tmp_path):
+    process = start(*flags_for(folder, tmp_path / "run"), "--epochs", "100000")
+    while not (tmp_path / "run/metrics.jsonl").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and len(errors.splitlines()) == 1 and "--resume" in errors
+
+
+def test_frozen_batchnorm_keeps_its_statistics(folder, tmp_path):
+    for freeze in (True, False):
+        run(*flags_for(folder, tmp_path / str(freeze)), "--model", "resnet18", "--epochs", "1", "--image-size", "32",
+            "--batch-size", "4", "--eval-images", "1", *["--freeze-bn"] * freeze)
+        means = torch.cat([v for name, v in saved(tmp_path / str(freeze)).items() if name.endswith("running_mean")])
+        assert (means == 0).all() == freeze
+
+
+@pytest.mark.parametrize("method", ["natural", "gradnorm", "adversarial"])
+@pytest.mark.parametrize("amp", ["fp16", "bf16"])
+def test_each_method_trains_in_mixed_precision(folder, tmp_path, method, amp):
+    run(*flags_for(folder, tmp_path), "--method", method, "--amp", amp, "--epochs", "8", "--lr", "0.01")
+    first, *_, last = metrics(tmp_path)
+    assert last["loss"] < 0.7 * first["loss"] and last["clean_accuracy"] > 90
+    if amp == "fp16":
+        assert saved(tmp_path, "scaler")["scale"] >= 1
+
+
+def test_compiled_training_equals_eager(folder, tmp_path, monkeypatch):
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
+    for name, extra in (("eager", []), ("compiled", ["--compile"])):
+        run(*flags_for(folder, tmp_path / name), *extra, "--gradnorm-every", "2", "--optimizer", "sgd")
+    torch.testing.assert_close(saved(tmp_path / "compiled"), saved(tmp_path / "eager"), rtol=1e-4, atol=1e-6)
+
+
+def test_learning_rate_rises_and_falls():
+    rates = [train.learning_rate(step, 10, 110, 1e-3) for step in range(111)]
+    assert rates[0] == 1e-5 and rates[10] == 1e-3 and rates[60] == pytest.approx((1e-3 + 1e-5) / 2)
+    assert rates[110] == pytest.approx(1e-5) and rates[5] == pytest.approx((1e-3 + 1e-5) / 2)
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_strong_augmentation_gives_class_probabilities():
+    augment, x, y = train.mixup_or_cutmix(5), torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 3, 4, 0])
+    seen = set()
+    for _ in range(20):
+        mixed, targets = augment(x, y)
+        torch.testing.assert_close(targets.sum(1), torch.ones(6))
+        assert targets.min() == pytest.approx(0.02) and mixed.shape == x.shape
+        # An image's second target weighs as much as the share of the other image in it.
+        own = (targets[1, 1] - 0.02) / 0.9
+        seen.add(bool(torch.isclose(mixed[1], own * x[1] + (1 - own) * x[0], atol=1e-5).all()))
+    assert seen == {True, False}  # mixup and cutmix
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_each_image_is_augmented_by_itself(channels):
+    for augment in ("basic", "strong"):
+        args = settings("--augment", augment)
+        transform = train.train_transform(args, 16, v2.RandomCrop(16, padding=2))
+        data = train.Images(torch.randint(256, (1, channels, 16, 16), dtype=torch.uint8).expand(32, -1, -1, -1),
+                            torch.zeros(32, dtype=torch.long), ["one"], transform)
+        images, _ = data.__getitems__(list(range(32)))
+        assert images.dtype == torch.uint8 and images.shape == (32, channels, 16, 16)
+        assert len(images.flatten(1).unique(dim=0)) > 16
+
+
+def test_held_out_subset_is_balanced_and_fixed():
+    targets = torch.randint(10, (1000,)).tolist()
+    subset = train.balanced_subset(targets, 50)
+    assert (torch.tensor(targets)[subset].bincount(minlength=10) == 5).all() and len(subset.unique()) == 50
+    assert torch.equal(subset[:20], train.balanced_subset(targets, 20))
+    assert sorted(train.balanced_subset(targets, 5000).tolist()) == list(range(1000))
+
+
+def test_shapes_are_drawn_from_the_seed():
+    images, targets, classes = train.draw_shapes(200, seed=3)
+    again, _, _ = train.draw_shapes(200, seed=3)
+    other, _, _ = train.draw_shapes(200, seed=4)
+    assert torch.equal(images, again) and not torch.equal(images, other)
+    assert images.shape == (200, 3, 32, 32) and images.dtype == torch.uint8
+    assert (targets.bincount() == 20).all() and len(classes) == 10
+
+
+def test_fashion_mnist_is_read_from_idx_files(tmp_path):
+    for part, count in (("train", 7), ("t10k", 3)):
+        with gzip.open(tmp_path / f"{part}-images-idx3-ubyte.gz", "wb") as file:
+            file.write(bytes(16) + bytes(i % 251 for i in range(count * 784)))
+        with gzip.open(tmp_path / f"{part}-labels-idx1-ubyte.gz", "wb") as file:
+            file.write(bytes(8) + bytes(range(count)))
+    args = settings("--dataset", "fashion-mnist", "--data-dir", str(tmp_path))
+    data = train.load_dataset(args, train=True)
+    assert data.images.shape == (7, 1, 28, 28) and data.targets.tolist() == list(range(7))
+    assert data.images.flatten()[:300].tolist() == [i % 251 for i in range(300)]
+    assert len(train.load_dataset(args, train=False)) == 3
+
+
+def test_grey_images_reach_torchvision_models():
+    model = train.build_model("resnet18", 1, 10).eval()
+    grey = torch.rand(2, 1, 32, 32)
+    torch.testing.assert_close(model(grey), model(grey.expand(-1, 3, -1, -1)))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--method", "magic"], ["magic", "natural", "gradnorm", "adversarial"]),
+    (["--dataset", "mnist"], ["mnist", "fashion-mnist"]),
+    (["--model", "resnet19"], ["resnet19", "resnet18", "convnet"]),
+    (["--activation", "tanh"], ["tanh", "gelu", "silu", "relu"]),
+    (["--eps", "four"], ["--eps", "four"]),
+    (["--eps", "4/0"], ["--eps", "4/0"]),
+    (["--eps", "0"], ["--eps", "above 0"]),
+    (["--eps", "255/4"], ["--eps", "255/4", "to 1"]),
+    (["--eps", "nan"], ["--eps", "nan"]),
+    (["--lr", "inf"], ["--lr", "inf"]),
+    (["--steps", "-1"], ["--steps", "-1"]),
+    (["--epochs", "-5"], ["--epochs", "-5"]),
+    (["--epochs", "1.5"], ["--epochs", "1.5"]),
+    (["--batch-size", "49"], ["--batch-size 49", "48 training images"]),
+    (["--batch-size", "25", "--accumulate", "2"], ["--accumulate 2", "48 training images"]),
+    (["--data-dir", "/nonexistent/data"], ["/nonexistent/data/train", "--data-dir"]),
+    (["--model", "vit_b_16"], ["vit_b_16", "16, 16"]),
+    (["--model", "mobilenet_v2", "--activation", "gelu", "--image-size", "32"], ["mobilenet_v2", "--activation"]),
+    (["--model", "resnet18", "--compile"], ["--compile", "--freeze-bn"]),
+    (["--output-dir", "/dev/null/run"], ["/dev/null/run", "--output-dir"]),
+    (["--pretrained"], ["--pretrained", "--model"]),
+    (["--no-such-flag"], ["--no-such-flag"]),
+    (["--device", "cuda"], ["cuda", "--device cpu"]),
+])
+def test_bad_input_ends_in_one_line(folder, tmp_path, capsys, monkeypatch, flags, words):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit) as stop:
+        run(*flags_for(folder, tmp_path / "run"), *flags)
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2 and errors.count("\n") == 1 and all(word in errors for word in words), errors
+    assert not (tmp_path / "run").exists()
+
+
+def fails(capsys, *flags):
+    with pytest.raises(SystemExit) as stop:
+        run(*flags)
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2 and errors.count("\n") == 1, errors
+    return errors
+
+
+def test_a_run_is_never_overwritten_nor_resumed_by_another(folder, tmp_path, capsys):
+    flags = flags_for(folder, tmp_path)
+    run(*flags, "--epochs", "1")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert "--resume" in fails(capsys, *flags)
+    assert "--method natural" in fails(capsys, *flags, "--epochs", "1", "--resume", "--method", "natural")
+    assert "--model resnet18" in fails(capsys, *flags, "--epochs", "1", "--resume", "--model", "resnet18")
+    assert "--lr 0.5" in fails(capsys, "--output-dir", tmp_path, "--resume", "--lr", "0.5")
+    other = tmp_path / "other"
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            (other / part / name).mkdir(parents=True)
+            to_pil_image(torch.zeros(3, 20, 20, dtype=torch.uint8)).save(other / part / name / "0.jpg")
+    assert "2 classes, not the 3" in fails(capsys, "--output-dir", tmp_path, "--resume", "--data-dir", other)
+    assert all(path.read_bytes() == content for path, content in before.items())
+    run("--output-dir", tmp_path, "--resume")
+    assert "finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "foreign", "code", "truncated"])
+def test_a_corrupt_or_foreign_checkpoint_is_refused(folder, tmp_path, capsys, content):
+    path = tmp_path / "checkpoint.pt"
+    if content == "foreign":
+        torch.save({"state_dict": {}}, path)
+    elif content == "code":
+        torch.save({"config": os.system}, path)
+    elif content == "truncated":
+        torch.save({"config": torch.zeros(1000)}, path)
+        path.write_bytes(path.read_bytes()[:2000])
+    else:
+        path.write_bytes(content)
+    kept = path.read_bytes()
+    errors = fails(capsys, *flags_for(folder, tmp_path), "--resume")
+    assert str(path) in errors and path.read_bytes() == kept
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        train.load_checkpoint(path)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named(folder, tmp_path, capsys, workers):
+    bad = tmp_path / "data"
+    for part in ("train", "val"):
+        for path in (folder / part).rglob("*.jpg"):
+            (bad / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+            (bad / path.relative_to(folder)).write_bytes(path.read_bytes())
+    (bad / "train/red/7.jpg").write_bytes((folder / "train/red/7.jpg").read_bytes()[:300])
+    errors = fails(capsys, *flags_for(bad, tmp_path / "run"), "--workers", workers)
+    assert str(bad / "train/red/7.jpg") in errors
+
+
+def test_data_that_cannot_be_had_are_explained(tmp_path, capsys, monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
+    errors = fails(capsys, "--dataset", "cifar10", "--data-dir", tmp_path / "data", "--output-dir", tmp_path / "run")
+    assert str(tmp_path / "data") in errors and "no network" in errors and "--data-dir" in errors
+
+
+# Evaluation of checkpoints
+
+
+def evaluate_main(*flags):
+    old, sys.argv = sys.argv, ["evaluate.py", *map(str, flags)]
+    try:
+        evaluate.main()
+    finally:
+        sys.argv = old
+
+
+def test_evaluate_prints_a_table(folder, tmp_path, capsys):
+    run(*flags_for(folder, tmp_path), "--epochs", "8", "--lr", "0.01")
+    capsys.readouterr()
+    evaluate_main(tmp_path / "checkpoint.pt", "--eps", "0", "8/255", "1", "--num-images", "12", "--device", "cpu")
+    header, rule, row = capsys.readouterr().out.splitlines()
+    clean, zero, some, all_of_it = map(float, row.split("|")[2:-1])
+    assert clean == zero >= some >= all_of_it
+    assert clean == pytest.approx(metrics(tmp_path)[-1]["clean_accuracy"], abs=0.01)
+    assert header.count("|") == rule.count("|") == row.count("|") == 6
+    for flags, words in [([tmp_path / "none.pt"], "none.pt"), ([tmp_path / "metrics.jsonl"], "not a checkpoint"),
+                         ([tmp_path / "checkpoint.pt", "--eps", "2"], "from 0 to 1"),
+                         ([tmp_path / "checkpoint.pt", "--num-images", "13"], "12 held-out")]:
+        with pytest.raises(SystemExit) as stop:
+            evaluate_main(*flags, "--device", "cpu")
+        errors = capsys.readouterr().err
+        assert stop.value.code == 2 and errors.count("\n") == 1 and words in errors
