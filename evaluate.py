@@ -43,8 +43,10 @@ def main():
     test_set = train.load_dataset(settings, train=False)
     if args.num_images > len(test_set):
         parser.error(f"--num-images {args.num_images}: there are {len(test_set)} held-out images")
-    chosen = train.balanced_subset(test_set.targets, args.num_images)
-    images, labels = torch.stack([test_set[i][0] for i in chosen]), torch.as_tensor(test_set.targets)[chosen]
+    try:
+        images, labels = train.held_out(test_set, args.num_images)
+    except train.BadImage as error:
+        parser.error(error)
 
     print(f"| PGD-{args.steps}, {len(images)} images | clean |" + "".join(f" ε={text} |" for text in args.eps))
     print("|---" * (2 + len(radii)) + "|")

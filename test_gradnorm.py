@@ -8,6 +8,7 @@ import argparse
 import gzip
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -255,8 +256,8 @@ def test_pgd_finds_the_exact_worst_case_of_a_linear_model():
 def test_pgd_stays_in_the_ball_and_in_the_box(random_start, step_size):
     model, (x, y) = smooth_model(), batch(50)
     x[:10] = x[:10].round()  # black and white pixels
-    for eps in (0, 1 / 255, 0.1, 1):
-        attacked = pgd_attack(model, x, y, eps=eps, steps=4, step_size=step_size, random_start=random_start)
+    for eps, steps in itertools.product((0, 1 / 255, 0.1, 1), (0, 4)):
+        attacked = pgd_attack(model, x, y, eps=eps, steps=steps, step_size=step_size, random_start=random_start)
         assert attacked.min() >= 0 and attacked.max() <= 1
         assert (attacked - x).abs().max() <= eps + 1e-15
         assert not attacked.requires_grad
@@ -377,11 +378,22 @@ def test_fp16_overflow_reaches_gradscaler(call):
     assert all(map(torch.equal, before, model.parameters()))
 
 
-def test_overflow_to_infinity_is_not_hidden_by_the_absolute_value():
+def test_overflow_is_not_hidden_by_the_absolute_value():
+    """∇x overflows in float16, and nothing else does: the derivative ±1 of |±inf| would make every gradient finite."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
-    x, y = torch.rand(4, 3, 2, 2), torch.randint(3, (4,))
-    loss = gradnorm_loss(model, x, y, grad_scale=torch.tensor(3e38) * 100)
-    assert gradients(loss, model).isnan().any()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([1000.0, -1000.0, 0.0])[:, None].expand(3, 12))
+    x, y = torch.zeros(4, 3, 2, 2), torch.zeros(4, dtype=torch.long)
+    for scale, overflow in ((1, False), (100, True)):
+        with torch.autocast("cpu", torch.float16):
+            loss = gradnorm_loss(model, x, y, grad_scale=scale)
+        assert loss.isfinite() != overflow and gradients(loss, model).isnan().any() == overflow
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_cross_entropy_of_a_bfloat16_model_is_float32(loss):
+    x, y = batch()
+    assert loss(smooth_model().bfloat16(), x.bfloat16(), y).dtype == torch.float32
 
 
 @pytest.mark.parametrize("flags", [[], ["--penalty", "finite-difference"], ["--method", "adversarial"]])
@@ -518,26 +530,31 @@ def test_a_run_leaves_what_it_promises(folder, tmp_path, capsys):
 
 
 def test_training_step_is_the_equation(folder, tmp_path):
-    """One epoch of SGD, rewritten in a few lines with none of train.py's loop."""
-    run(*flags_for(folder, tmp_path), "--optimizer", "sgd", "--lr", "0.1", "--clip-grad-norm", "0.5", "--epochs", "1",
+    """Two epochs of SGD, rewritten in a few lines with none of train.py's loop."""
+    run(*flags_for(folder, tmp_path), "--optimizer", "sgd", "--lr", "0.1", "--clip-grad-norm", "0.5",
         "--gradnorm-every", "2", "--weight-decay", "0.01", "--ema-decay", "0.8")
     torch.manual_seed(0)
     model = train.build_model("convnet", 3, 3)
     data = train.load_dataset(argparse.Namespace(**saved(tmp_path, "config")), train=True)
-    order = list(torch.utils.data.DistributedSampler(data, 1, 0))
+    sampler, order = torch.utils.data.DistributedSampler(data, 1, 0), []
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        order += list(sampler)
     velocity, average = [0] * len(list(model.parameters())), None
-    for step in range(3):
-        x = torch.stack([data[i][0] for i in order[16 * step:16 * step + 16]]).float() / 255
-        y = torch.tensor([data[i][1] for i in order[16 * step:16 * step + 16]])
-        loss = 0.8 * F.cross_entropy(model(x), y)
+    for step in range(6):  # three of warm-up, three of cosine
+        rise, fall = min(1, step / 3), (1 + math.cos(math.pi * max(step - 3, 0) / 3)) / 2
+        chosen = order[16 * step:16 * step + 16]
+        x, y = torch.stack([data[i][0] for i in chosen]).float() / 255, torch.tensor([data[i][1] for i in chosen])
         if step % 2 == 0:  # twice the weight, times the ramp
-            loss = gradnorm_loss(model, x, y, lambda_gn=2 * 1.2 * step / 3, eps=8 / 255)
+            loss = gradnorm_loss(model, x, y, lambda_gn=2 * 1.2 * rise, eps=8 / 255)
+        else:
+            loss = 0.8 * F.cross_entropy(model(x), y)
         gradient = torch.autograd.grad(loss, list(model.parameters()))
         norm = torch.cat([g.flatten() for g in gradient]).norm()
         with torch.no_grad():
             for i, (p, g) in enumerate(zip(model.parameters(), gradient)):
                 velocity[i] = 0.9 * velocity[i] + g * min(1, 0.5 / norm) + 0.01 * p * (p.ndim > 1)
-                p -= (1e-5 + (0.1 - 1e-5) * step / 3) * velocity[i]
+                p -= (1e-5 + (0.1 - 1e-5) * rise * fall) * velocity[i]
             weights = nn.utils.parameters_to_vector(model.parameters())
             average = weights if average is None else 0.8 * average + 0.2 * weights
     trained = torch.cat([w.flatten() for name, w in saved(tmp_path).items() if name not in ("0.mean", "0.std")])
@@ -715,6 +732,19 @@ def test_grey_images_reach_torchvision_models():
     torch.testing.assert_close(model(grey), model(grey.expand(-1, 3, -1, -1)))
 
 
+@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "mobilenet_v3_small"])
+def test_pretrained_head_is_replaced_for_other_classes_alone(monkeypatch, name):
+    pretrained = torchvision.models.get_model(name)
+    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: pretrained)
+    weights = {key: value.clone() for key, value in pretrained.state_dict().items()}
+    kept = train.build_model(name, 3, 1000, pretrained=True)[1]
+    assert all(torch.equal(value, weights[key]) for key, value in kept.state_dict().items())
+    model = train.build_model(name, 3, 7, pretrained=True).eval()
+    assert model(torch.rand(2, 3, 64, 64)).shape == (2, 7)
+    changed = [key for key, value in model[1].state_dict().items() if not torch.equal(value, weights[key])]
+    assert len(changed) == 2  # the head's weight and bias
+
+
 # Bad input
 
 
@@ -816,6 +846,35 @@ def test_data_that_cannot_be_had_are_explained(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
     errors = fails(capsys, "--dataset", "cifar10", "--data-dir", tmp_path / "data", "--output-dir", tmp_path / "run")
     assert str(tmp_path / "data") in errors and "no network" in errors and "--data-dir" in errors
+
+    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", offline)
+    offline.classes = []
+    monkeypatch.setattr(train, "DEBIAN", tmp_path / "debian")
+    errors = fails(capsys, "--dataset", "fashion-mnist", "--output-dir", tmp_path / "run")
+    assert "apt-get install dataset-fashion-mnist" in errors and "no network" in errors
+
+
+def test_train_and_val_must_have_the_same_classes(folder, tmp_path, capsys):
+    bad = tmp_path / "data"
+    bad.mkdir()
+    (bad / "train").symlink_to(folder / "train")
+    (bad / "val/blue").mkdir(parents=True)
+    (bad / "val/blue/0.jpg").symlink_to(folder / "val/blue/0.jpg")
+    assert "['blue']" in fails(capsys, *flags_for(bad, tmp_path / "run"))
+
+
+# The claim
+
+
+def test_natural_training_collapses_under_pgd_where_gradnorm_holds(tmp_path):
+    """On `shapes`, at the paper's ε, with the cheapest penalty in the place of the default's twice as long training."""
+    for method in ("natural", "gradnorm"):
+        run("--method", method, "--penalty", "finite-difference", "--gradnorm-every", "2", "--epochs", "5",
+            "--eval-images", "500", "--device", "cpu", "--output-dir", tmp_path / method)
+    natural, gradnorm = metrics(tmp_path / "natural")[-1], metrics(tmp_path / "gradnorm")[-1]
+    assert natural["clean_accuracy"] > 95 and natural["pgd10_accuracy"] < 20
+    assert gradnorm["clean_accuracy"] > 95 and gradnorm["pgd10_accuracy"] > 75
+    assert gradnorm["gradient_norm"] < natural["gradient_norm"] / 5
 
 
 # Evaluation of checkpoints

@@ -82,33 +82,13 @@ class Objective(nn.Module):
 
 def train(args, checkpoint, device):
     """The loop: epochs of optimiser steps, each epoch closed by an evaluation and a checkpoint."""
-    with rank_zero_first():
-        train_set, test_set = load_dataset(args, train=True), load_dataset(args, train=False)
-        channels, classes = train_set[0][0].shape[0], len(train_set.classes)
-        if checkpoint and checkpoint["config"]["classes"] != train_set.classes:
-            fail(f"the data have {classes} classes, not the {len(checkpoint['config']['classes'])} of the checkpoint: "
-                 "resume with the same --data-dir")
-        try:
-            model = build_model(args.model, channels, classes, args.activation, args.pretrained and not checkpoint)
-        except OSError as error:
-            fail(f"--pretrained: cannot download the weights of {args.model} ({error})")
-        check_model(model, args, train_set[0][0])
+    train_set, test_set, model = load_data_and_model(args, checkpoint)
     model.to(device)
-
-    sampler = DistributedSampler(train_set, WORLD_SIZE, RANK, seed=args.seed, drop_last=True)
-    in_memory = isinstance(train_set, Images)
-    loader = DataLoader(train_set, args.batch_size, sampler=sampler, drop_last=True, pin_memory=device.type == "cuda",
-                        num_workers=0 if in_memory else args.workers,
-                        collate_fn=(lambda batch: batch) if in_memory else None)
+    loader = make_loader(train_set, args, pin_memory=device.type == "cuda")
+    mix = mixup_or_cutmix(len(train_set.classes)) if args.augment == "strong" else lambda x, y: (x, y)
+    eval_images, eval_labels = held_out(test_set, args.eval_images, RANK, WORLD_SIZE)
     steps_per_epoch = len(loader) // args.accumulate
-    if not steps_per_epoch:
-        fail(f"--batch-size {args.batch_size} x --accumulate {args.accumulate} x {WORLD_SIZE} processes is more than "
-             f"the {len(train_set)} training images: lower --batch-size")
     warmup_steps, total_steps = round(args.warmup_epochs * steps_per_epoch), args.epochs * steps_per_epoch
-    batch_augmentation = mixup_or_cutmix(classes) if args.augment == "strong" else lambda x, y: (x, y)
-    held_out = balanced_subset(test_set.targets, args.eval_images)[RANK::WORLD_SIZE]
-    eval_images = torch.stack([test_set[i][0] for i in held_out])
-    eval_labels = torch.as_tensor(test_set.targets)[held_out]
 
     objective = Objective(model, args)
     if args.compile:
@@ -130,23 +110,19 @@ def train(args, checkpoint, device):
         if ema:
             ema.load_state_dict(checkpoint["ema"])
         epoch, metrics = checkpoint["epoch"], checkpoint["metrics"]
-    if WORLD_SIZE > 1:
-        epochs = [None] * WORLD_SIZE
-        dist.all_gather_object(epochs, epoch)
-        if len(set(epochs)) > 1:
-            fail(f"the processes found checkpoints of epochs {epochs}: put --output-dir on a file system of them all")
-    config = vars(args) | {"classes": train_set.classes, "channels": channels, "world_size": WORLD_SIZE}
+    check_epoch(epoch)
+    config = vars(args) | {"classes": train_set.classes, "channels": train_set[0][0].shape[0], "world_size": WORLD_SIZE}
     output_dir = Path(args.output_dir)
     if RANK == 0:
         make_writable(output_dir / "gradients")
-        resumed = f"from epoch {epoch + 1} to {args.epochs}" if epoch < args.epochs else "is finished already"
-        print(f"{args.method} training of {args.model} on {args.dataset}: {len(train_set)} images, {classes} classes, "
-              f"{WORLD_SIZE} process(es) on {device.type}; {output_dir} {resumed}", flush=True)
+        print(f"{args.method} training of {args.model} on {args.dataset}: {len(train_set)} images, "
+              f"{len(train_set.classes)} classes, {WORLD_SIZE} process(es) on {device.type}; {output_dir} "
+              + (f"from epoch {epoch + 1} to {args.epochs}" if epoch < args.epochs else "is finished"), flush=True)
 
     while epoch < args.epochs:
         # Every epoch is a function of (seed, epoch, rank): a resumed run needs no random state but these.
         torch.manual_seed(int(np.random.SeedSequence([args.seed, epoch, RANK]).generate_state(1)[0]))
-        sampler.set_epoch(epoch)
+        loader.sampler.set_epoch(epoch)
         train_mode(model, args.freeze_bn)
         sums = torch.zeros(5, device=device)
         start = time.perf_counter()
@@ -162,7 +138,7 @@ def train(args, checkpoint, device):
             for micro_step in range(args.accumulate):
                 x, y = next(batches)
                 x, y = x.to(device, non_blocking=True).float() / 255, y.to(device, non_blocking=True)
-                x, y = batch_augmentation(x, y)
+                x, y = mix(x, y)
                 # The inner gradient is that of one example's loss, N times the scaled loss's.
                 grad_scale = scaler.scale(one) / len(x) if scaler.is_enabled() else 1.0
                 last = micro_step == args.accumulate - 1
@@ -189,6 +165,8 @@ def train(args, checkpoint, device):
         if WORLD_SIZE > 1:
             dist.all_reduce(sums)
         loss, cross_entropy, penalty, count, regularised = sums.tolist()
+        if not count:
+            fail(f"fp16 overflowed in every step of epoch {epoch}: use --amp bf16, or lower --lr", 1)
         images = steps_per_epoch * args.accumulate * args.batch_size * WORLD_SIZE
         metrics.append({"epoch": epoch, "loss": loss / count, "cross_entropy": cross_entropy / count,
                         "penalty": penalty / regularised if regularised else None, "lr": lr,
@@ -287,6 +265,43 @@ def print_epoch(line, epochs):
 # Data
 
 
+def load_data_and_model(args, checkpoint):
+    """The training set, the held-out set and the model; stops with one line where these do not fit each other."""
+    with rank_zero_first():
+        train_set, test_set = load_dataset(args, train=True), load_dataset(args, train=False)
+        image, classes = train_set[0][0], train_set.classes
+        if test_set.classes != classes:
+            fail(f"train/ has the classes {classes}, val/ {test_set.classes}: they must be the same")
+        if checkpoint and checkpoint["config"]["classes"] != classes:
+            fail(f"the data have {len(classes)} classes, not the {len(checkpoint['config']['classes'])} of the "
+                 "checkpoint: resume with the same --data-dir")
+        images_per_step = args.batch_size * args.accumulate * WORLD_SIZE
+        if images_per_step > len(train_set):
+            fail(f"--batch-size {args.batch_size} x --accumulate {args.accumulate} x {WORLD_SIZE} processes is "
+                 f"{images_per_step}, more than the {len(train_set)} training images: lower --batch-size")
+        try:
+            model = build_model(args.model, image.shape[0], len(classes), args.activation,
+                                pretrained=args.pretrained and not checkpoint)
+        except OSError as error:
+            fail(f"--pretrained: cannot download the weights of {args.model} ({error})")
+        check_model(model, args, image)
+    return train_set, test_set, model
+
+
+def make_loader(train_set, args, pin_memory):
+    """Batches of shuffled images, (N, C, H, W) uint8, and targets; each rank has its share, which set_epoch draws."""
+    sampler = DistributedSampler(train_set, WORLD_SIZE, RANK, seed=args.seed, drop_last=True)
+    batches_at_once = {"num_workers": 0, "collate_fn": lambda batch: batch}
+    return DataLoader(train_set, args.batch_size, sampler=sampler, drop_last=True, pin_memory=pin_memory,
+                      **batches_at_once if isinstance(train_set, Images) else {"num_workers": args.workers})
+
+
+def held_out(test_set, n, rank=0, world_size=1):
+    """A rank's share of n images (n, C, H, W) uint8 and their targets: always the same, the classes in equal parts."""
+    chosen = balanced_subset(test_set.targets, n)[rank::world_size]
+    return torch.stack([test_set[i][0] for i in chosen]), torch.as_tensor(test_set.targets)[chosen]
+
+
 class Images(Dataset):
     """A data set in memory: images (N, C, H, W) uint8, targets (N,), the names of the classes."""
 
@@ -326,19 +341,22 @@ def load_dataset(args, train):
                 data = torchvision.datasets.CIFAR10(folder, train, download=True)
                 images, targets, classes = torch.from_numpy(data.data).permute(0, 3, 1, 2), data.targets, data.classes
         except (OSError, RuntimeError, EOFError, ValueError) as error:
-            fail(f"no {args.dataset} in {folder.absolute()}, and its download failed ({error}): put it there or name "
-                 "its place with --data-dir"
-                 + "; or apt-get install dataset-fashion-mnist" * (args.dataset == "fashion-mnist"))
+            debian = f" or {DEBIAN} (apt-get install dataset-fashion-mnist)" * (args.dataset == "fashion-mnist")
+            fail(f"cannot find {args.dataset} in {folder.absolute()}{debian}, nor download it ({error}): "
+                 "put it there or name its place with --data-dir")
     size = images.shape[-1]
     transform = train_transform(args, size, v2.RandomCrop(size, padding=size // 8)) if train else None
     return Images(images.contiguous(), torch.as_tensor(targets), classes, transform)
+
+
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
 def load_fashion_mnist(folder, train):
     """Fashion-MNIST from the four idx .gz files in `folder` or where Debian puts them, or else from torchvision."""
     classes = torchvision.datasets.FashionMNIST.classes
     part = "train" if train else "t10k"
-    for place in (folder, Path("/usr/share/datasets/fashion-mnist")):
+    for place in (folder, DEBIAN):
         if (place / f"{part}-images-idx3-ubyte.gz").exists():
             with gzip.open(place / f"{part}-images-idx3-ubyte.gz") as file:
                 images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28)
@@ -366,7 +384,7 @@ def load_image_folder(args, train):
 def read_image(path):
     try:
         return torchvision.datasets.folder.pil_loader(path)
-    except (OSError, SyntaxError, ValueError) as error:  # all that PIL raises
+    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises on a bad file
         raise BadImage(f"cannot read the image {path} ({error}): mend or remove it") from None
 
 
@@ -534,6 +552,15 @@ def check_model(model, args, image):
 
 
 # Checkpoints
+
+
+def check_epoch(epoch):
+    """Stop where the machines of a resumed run see different checkpoints."""
+    if WORLD_SIZE > 1:
+        epochs = [None] * WORLD_SIZE
+        dist.all_gather_object(epochs, epoch)
+        if len(set(epochs)) > 1:
+            fail(f"the processes found checkpoints of epochs {epochs}: put --output-dir on a file system of them all")
 
 
 def load_checkpoint(path, device="cpu"):
@@ -719,7 +746,10 @@ def main():
     if device.type == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
     if WORLD_SIZE > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=torch.device("cuda", LOCAL_RANK))
+        else:
+            dist.init_process_group("gloo")
     torch.manual_seed(args.seed)  # the same first weights on every rank
     try:
         train(args, checkpoint, device)
