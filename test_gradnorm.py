@@ -874,7 +874,6 @@ def test_natural_training_collapses_under_pgd_where_gradnorm_holds(tmp_path):
     natural, gradnorm = metrics(tmp_path / "natural")[-1], metrics(tmp_path / "gradnorm")[-1]
     assert natural["clean_accuracy"] > 95 and natural["pgd10_accuracy"] < 20
     assert gradnorm["clean_accuracy"] > 95 and gradnorm["pgd10_accuracy"] > 75
-    assert gradnorm["gradient_norm"] < natural["gradient_norm"] / 5
 
 
 # Evaluation of checkpoints
