@@ -477,11 +477,11 @@ def flags_for(folder, output_dir):
             "--eval-images", "12", "--eps", "8/255", "--output-dir", str(output_dir)]
 
 
-def run(*flags):
-    """train.py in this process."""
-    old, sys.argv = sys.argv, ["train.py", *map(str, flags)]
+def run(*flags, script=train):
+    """train.py or evaluate.py in this process."""
+    old, sys.argv = sys.argv, [f"{script.__name__}.py", *map(str, flags)]
     try:
-        train.main()
+        script.main()
     finally:
         sys.argv = old
 
@@ -756,7 +756,7 @@ def test_pretrained_head_is_replaced_for_other_classes_alone(monkeypatch, name):
     (["--eps", "four"], ["--eps", "four"]),
     (["--eps", "4/0"], ["--eps", "4/0"]),
     (["--eps", "0"], ["--eps", "above 0"]),
-    (["--eps", "255/4"], ["--eps", "255/4", "to 1"]),
+    (["--eps", "255/4"], ["--eps", "255/4", "above 0 up to 1"]),
     (["--eps", "nan"], ["--eps", "nan"]),
     (["--lr", "inf"], ["--lr", "inf"]),
     (["--steps", "-1"], ["--steps", "-1"]),
@@ -879,27 +879,19 @@ def test_natural_training_collapses_under_pgd_where_gradnorm_holds(tmp_path):
 # Evaluation of checkpoints
 
 
-def evaluate_main(*flags):
-    old, sys.argv = sys.argv, ["evaluate.py", *map(str, flags)]
-    try:
-        evaluate.main()
-    finally:
-        sys.argv = old
-
-
 def test_evaluate_prints_a_table(folder, tmp_path, capsys):
     run(*flags_for(folder, tmp_path), "--epochs", "8", "--lr", "0.01")
     capsys.readouterr()
-    evaluate_main(tmp_path / "checkpoint.pt", "--eps", "0", "8/255", "1", "--num-images", "12", "--device", "cpu")
+    run(tmp_path / "checkpoint.pt", "--eps", "0", "8/255", "1", "--num-images", "12", "--device", "cpu", script=evaluate)
     header, rule, row = capsys.readouterr().out.splitlines()
     clean, zero, some, all_of_it = map(float, row.split("|")[2:-1])
     assert clean == zero >= some >= all_of_it
     assert clean == pytest.approx(metrics(tmp_path)[-1]["clean_accuracy"], abs=0.01)
     assert header.count("|") == rule.count("|") == row.count("|") == 6
     for flags, words in [([tmp_path / "none.pt"], "none.pt"), ([tmp_path / "metrics.jsonl"], "not a checkpoint"),
-                         ([tmp_path / "checkpoint.pt", "--eps", "2"], "from 0 to 1"),
+                         ([tmp_path / "checkpoint.pt", "--eps", "2"], "from 0 up to 1"),
                          ([tmp_path / "checkpoint.pt", "--num-images", "13"], "12 held-out")]:
         with pytest.raises(SystemExit) as stop:
-            evaluate_main(*flags, "--device", "cpu")
+            run(*flags, "--device", "cpu", script=evaluate)
         errors = capsys.readouterr().err
         assert stop.value.code == 2 and errors.count("\n") == 1 and words in errors

@@ -639,7 +639,7 @@ def number(kind, low, high=math.inf, above=False):
             value = math.nan
         if not (low < value if above else low <= value) or value > high:
             what = "an integer" if kind is int else "a number or a fraction"
-            span = f"{'above' if above else 'from'} {low}" + f" to {high}" * (high < math.inf)
+            span = f"{'above' if above else 'from'} {low}" + f" up to {high}" * (high < math.inf)
             raise argparse.ArgumentTypeError(f"{text!r} is not {what} {span}")
         return value
     return parse
