@@ -882,7 +882,8 @@ def test_natural_training_collapses_under_pgd_where_gradnorm_holds(tmp_path):
 def test_evaluate_prints_a_table(folder, tmp_path, capsys):
     run(*flags_for(folder, tmp_path), "--epochs", "8", "--lr", "0.01")
     capsys.readouterr()
-    run(tmp_path / "checkpoint.pt", "--eps", "0", "8/255", "1", "--num-images", "12", "--device", "cpu", script=evaluate)
+    run(tmp_path / "checkpoint.pt", "--eps", "0", "8/255", "1", "--num-images", "12", "--device", "cpu",
+        script=evaluate)
     header, rule, row = capsys.readouterr().out.splitlines()
     clean, zero, some, all_of_it = map(float, row.split("|")[2:-1])
     assert clean == zero >= some >= all_of_it
