@@ -607,9 +607,10 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         file.write(b"half of the n")
         raise RuntimeError
     assert path.read_bytes() == b"old"
-    with train.replace(path) as file:
-        file.write(b"new")
-        assert path.read_bytes() == b"old"
+    with open(path, "rb") as reader:
+        with train.replace(path) as file:
+            file.write(b"new")
+        assert reader.read() == b"old"  # the old file is left as it was, to whoever has it open
     assert path.read_bytes() == b"new"
 
 
@@ -654,6 +655,19 @@ def test_each_method_trains_in_mixed_precision(folder, tmp_path, method, amp):
     assert last["loss"] < 0.7 * first["loss"] and last["clean_accuracy"] > 90
     if amp == "fp16":
         assert saved(tmp_path, "scaler")["scale"] >= 1
+
+
+def test_fp16_clips_the_unscaled_gradient(folder, tmp_path):
+    """SGD, unlike AdamW, sees the size of the gradient."""
+    torch.manual_seed(0)
+    start = nn.utils.parameters_to_vector(train.build_model("convnet", 3, 3).parameters())
+    moves = []
+    for amp in ("off", "fp16"):
+        flags = ["--optimizer", "sgd", "--lr", "0.1", "--clip-grad-norm", "0.5"]
+        run(*flags_for(folder, tmp_path / amp), *flags, "--amp", amp)
+        model, _ = train.load_checkpoint(tmp_path / amp / "checkpoint.pt")
+        moves.append(nn.utils.parameters_to_vector(model.parameters()) - start)
+    assert (moves[0] - moves[1]).norm() < 0.1 * moves[0].norm()
 
 
 def test_compiled_training_equals_eager(folder, tmp_path, monkeypatch):
@@ -809,13 +823,23 @@ def test_a_run_is_never_overwritten_nor_resumed_by_another(folder, tmp_path, cap
     assert "finished" in capsys.readouterr().out
 
 
+class Code:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", "foreign", "code", "truncated"])
 def test_a_corrupt_or_foreign_checkpoint_is_refused(folder, tmp_path, capsys, content):
     path = tmp_path / "checkpoint.pt"
     if content == "foreign":
         torch.save({"state_dict": {}}, path)
     elif content == "code":
-        torch.save({"config": os.system}, path)
+        torch.save({"config": Code(str(tmp_path / "run by the checkpoint"))}, path)
     elif content == "truncated":
         torch.save({"config": torch.zeros(1000)}, path)
         path.write_bytes(path.read_bytes()[:2000])
@@ -823,7 +847,7 @@ def test_a_corrupt_or_foreign_checkpoint_is_refused(folder, tmp_path, capsys, co
         path.write_bytes(content)
     kept = path.read_bytes()
     errors = fails(capsys, *flags_for(folder, tmp_path), "--resume")
-    assert str(path) in errors and path.read_bytes() == kept
+    assert str(path) in errors and path.read_bytes() == kept and not (tmp_path / "run by the checkpoint").exists()
     with pytest.raises(ValueError, match="not a checkpoint"):
         train.load_checkpoint(path)
 
