@@ -111,7 +111,7 @@ def train(args, checkpoint, device):
             ema.load_state_dict(checkpoint["ema"])
         epoch, metrics = checkpoint["epoch"], checkpoint["metrics"]
     check_epoch(epoch)
-    config = vars(args) | {"classes": train_set.classes, "channels": train_set[0][0].shape[0], "world_size": WORLD_SIZE}
+    config = vars(args) | {"classes": train_set.classes, "channels": eval_images.shape[1], "world_size": WORLD_SIZE}
     output_dir = Path(args.output_dir)
     if RANK == 0:
         make_writable(output_dir / "gradients")
