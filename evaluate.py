@@ -1,60 +1,589 @@
-"""Clean and PGD accuracy of checkpoints on held-out images, as a Markdown table.
+"""Clean, PGD and AutoAttack accuracy of classifiers under the L∞ threat model, as a Markdown table and as JSON.
 
-    python evaluate.py runs/natural/checkpoint.pt runs/gradnorm/checkpoint.pt --eps 4/255 8/255 --steps 20
+    python evaluate.py runs/natural/checkpoint.pt runs/gradnorm/checkpoint.pt --attack pgd --steps 20
+    python evaluate.py runs/gradnorm/checkpoint.pt --attack autoattack --eps 4/255 8/255 16/255 --num-images 500
+    torchrun --nproc_per_node=8 evaluate.py ...                                # the images are split over 8 GPUs
 
-A row is a checkpoint, a column an ε of the L∞ ball in pixels of [0, 1]. All checkpoints meet the same images.
+The file reads top to bottom: the attacks of standard AutoAttack (Croce, Hein, "Reliable evaluation of adversarial
+robustness with an ensemble of diverse parameter-free attacks", ICML 2020, arXiv 2003.01690), how they take turns on
+what is left standing, and the command line. A result is written beside its checkpoint, as autoattack-500.json.
+
+Everywhere, `x` holds pixels in [0, 1], (N, C, H, W), `y` class indices (N,), `eps` is in pixels, and `model` is any
+`nn.Module` from pixels to logits (N, classes), attacked in the mode that it is in: call `.eval()` first. At most
+`batch_size` images go through it at a time, however many are attacked. `seeds` (N, any) are whole numbers: the random
+numbers of an image come from its own seeds, whatever batch it is in. What a batch can still change is the rounding.
 """
 
 import argparse
+import datetime
+import hashlib
+import json
+import math
+import pickle
+import sys
+import time
+from bisect import bisect_left
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tqdm import tqdm
 
 import train
+from gradnorm import input_gradient, pgd_attack
+from train import RANK, WORLD_SIZE
+
+
+# The attacks. Each returns images (N, C, H, W): misclassified ones where it found them, `x` or anything elsewhere. An
+# image leaves an attack as soon as it is misclassified: `s` holds the state of those that are left, a row an image.
+
+
+def pgd(model, x, y, *, eps, seeds, steps=10, batch_size=256):
+    """The last step of PGD from a random start (Madry et al., ICLR 2018)."""
+    start = x + eps * (2 * uniform(seeds, x.shape[1:]).to(x) - 1)
+    batches = zip(*(t.split(batch_size) for t in (x, y, start)))
+    moved = torch.cat([pgd_attack(model, x, y, eps=eps, steps=steps, start=start) for x, y, start in batches])
+    return moved.clamp(*ball(x, eps))
+
+
+@torch.no_grad()
+def apgd(model, x, y, *, eps, seeds, target=None, steps=100, rho=0.75, batch_size=256):
+    """Auto-PGD (Croce, Hein, ICML 2020, Algorithm 1): PGD with momentum, and a step size that halves where the loss no
+    longer grows. Ascends the cross-entropy, or, with `target` classes (N,), the targeted DLR loss."""
+    found = x.clone()
+    lowest, highest = ball(x, eps)
+    noise = 2 * uniform(seeds, x.shape[1:]).to(x) - 1
+    noise /= noise.abs().amax((1, 2, 3), keepdim=True)
+    s = SimpleNamespace(row=torch.arange(len(x), device=x.device), y=y, target=y if target is None else target,
+                        lowest=lowest, highest=highest, x=(x + eps * noise).clamp(lowest, highest),
+                        step=torch.full_like(x[:, :1, :1, :1], 2 * eps), halved=torch.ones_like(y, dtype=torch.bool))
+    s.previous = s.x
+    checkpoints, last = apgd_checkpoints(steps), 0
+    for k in range(steps + 1):
+        if k > 0:
+            ahead = (s.x + s.step * s.gradient.sign()).clamp(s.lowest, s.highest)
+            if k > 1:
+                ahead = s.x + 0.75 * (ahead - s.x) + 0.25 * (s.x - s.previous)
+            s.previous, s.x = s.x, ahead.clamp(s.lowest, s.highest)
+        logits, loss, gradient = ascent(model, cross_entropy if target is None else targeted_dlr, batch_size,
+                                        s.x, s.y, s.target)
+        if k == 0:
+            s.best_loss = s.best_at_checkpoint = s.loss = loss
+            s.best_x, s.best_gradient, s.grown = s.x, gradient, torch.zeros_like(loss)
+        better = loss > s.best_loss
+        s.best_x, s.best_gradient = pick(better, s.x, s.best_x), pick(better, gradient, s.best_gradient)
+        s.best_loss = torch.where(better, loss, s.best_loss)
+        s.gradient, s.grown, s.loss = gradient, s.grown + (loss > s.loss), loss
+
+        wrong = logits.argmax(1) != s.y
+        if wrong.any():
+            found[s.row[wrong]] = s.x[wrong]
+            keep(s, ~wrong)
+        if not len(s.row):
+            break
+        if k in checkpoints:
+            # Conditions 1 and 2 of the paper: the loss grew in too few steps, or the best stayed without a halving.
+            s.halved = (s.grown <= rho * (k - last)) | ~s.halved & (s.best_loss == s.best_at_checkpoint)
+            s.step = pick(s.halved, s.step / 2, s.step)
+            s.x, s.gradient = pick(s.halved, s.best_x, s.x), pick(s.halved, s.best_gradient, s.gradient)
+            s.best_at_checkpoint, s.grown, last = s.best_loss, torch.zeros_like(s.grown), k
+    return found
+
+
+def apgd_checkpoints(steps):
+    """The steps after which Auto-PGD may halve its step size: 22, 41, 57, 70, 80, 87, 93, 99 of 100."""
+    checkpoints, window = [], max(int(0.22 * steps), 1)
+    while sum(checkpoints[-1:]) + window <= steps:
+        checkpoints.append(sum(checkpoints[-1:]) + window)
+        window = max(window - max(int(0.03 * steps), 1), int(0.06 * steps), 1)
+    return checkpoints
+
+
+def cross_entropy(logits, y, _):
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def targeted_dlr(logits, y, target):
+    """Targeted difference-of-logits-ratio loss, (N,): invariant to shifting and scaling the logits, unlike
+    cross-entropy. Its denominator takes four classes; of three it is the untargeted loss's, and two have no scale."""
+    z = logits.sort(dim=1, descending=True).values
+    scale = z[:, 0] - (z[:, 2] + z[:, 3]) / 2 if z.shape[1] > 3 else z[:, 0] - z[:, 2] if z.shape[1] == 3 else 1
+    return difference(logits, y, target) / (scale + 1e-12)
+
+
+def difference(logits, y, target):
+    return at(logits, target) - at(logits, y)
+
+
+@torch.no_grad()
+def fab(model, x, y, *, eps, target, steps=100, alpha_max=0.1, eta=1.05, beta=0.9, batch_size=256):
+    """Targeted FAB (Croce, Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack", ICML
+    2020, Algorithm 1): the smallest perturbation, of any size, across the boundary to the class `target` (N,). An image
+    leaves the attack once it is misclassified within ε."""
+    found, distance = x.clone(), torch.full((len(x),), math.inf, dtype=torch.double, device=x.device)
+    s = SimpleNamespace(row=torch.arange(len(x), device=x.device), x=x, original=x, y=y, target=target)
+    for _ in range(steps):
+        _, gap, normal = ascent(model, difference, batch_size, s.x, s.y, s.target)
+        # The boundary, linearised at s.x, is normal · (p - s.x) + gap = 0. Both points are projected onto it.
+        gap_original = gap - (normal * (s.x - s.original)).flatten(1).sum(1)
+        d, d_original = project(s.x, normal, -gap), project(s.original, normal, -gap_original)
+        size, size_original = (v.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-8) for v in (d, d_original))
+        alpha = (size / (size + size_original)).clamp(max=alpha_max)
+        s.x = ((1 - alpha) * (s.x + eta * d) + alpha * (s.original + eta * d_original)).clamp(0, 1)
+
+        wrong = predict(model, s.x, batch_size).argmax(1) != s.y
+        far = linf(s.x, s.original)
+        closer = wrong & (far < distance[s.row])
+        found[s.row[closer]], distance[s.row[closer]] = s.x[closer], far[closer]
+        s.x = pick(wrong, s.original + beta * (s.x - s.original), s.x)  # back, to look for a closer crossing
+        left = distance[s.row] > eps
+        if not left.all():
+            keep(s, left)
+        if not len(s.row):
+            break
+    return found
+
+
+def project(x, normal, height):
+    """The d (N, C, H, W) of smallest ‖d‖∞ with normal · d = height (N,) and x + d in [0, 1]; where there is none, the
+    one that goes as far as the box allows.
+
+    Every pixel moves by λ, or by its room to the wall: height = Σ |normalᵢ| min(λ, roomᵢ), which is concave in λ. So
+    Newton's method from 0 rises to the solution, in at most as many steps as it passes walls, and without sorting them.
+    """
+    direction = normal.sign() * height.sign()[:, None, None, None]
+    room = torch.where(direction > 0, 1 - x, x).flatten(1)
+    weight, height = normal.abs().flatten(1), height.abs()[:, None]
+    size = torch.zeros_like(height)
+    for _ in range(100):
+        slope = (weight * (room > size)).sum(1, keepdim=True)
+        rest = height - (weight * torch.minimum(room, size)).sum(1, keepdim=True)
+        larger = size + torch.where(slope > 0, rest / slope, 0).clamp(min=0)
+        if (larger == size).all():
+            break
+        size = larger
+    return direction * torch.minimum(room, size).view_as(x)
+
+
+@torch.no_grad()
+def square(model, x, y, *, eps, seeds, queries=5000, p=0.8, batch_size=256):
+    """Square Attack (Andriushchenko et al., ECCV 2020, Algorithms 1 and 2): random search, without gradients, that sets
+    squares of ever smaller size to x ± ε and keeps what lowers the margin between the true and the next class."""
+    found, (n, channels, height, width) = x.clone(), x.shape
+    lowest, highest = ball(x, eps)
+    # An image's numbers: the signs of the first stripes; then, of each query, its row, column and channels' signs.
+    numbers = uniform(seeds, (channels * width + queries * (2 + channels),)).to(x)
+    stripes = numbers[:, :channels * width].reshape(n, channels, 1, width) < 0.5
+    s = SimpleNamespace(row=torch.arange(n, device=x.device), y=y, lowest=lowest, highest=highest,
+                        numbers=numbers[:, channels * width:].reshape(n, queries, 2 + channels),
+                        x=torch.where(stripes, highest, lowest),
+                        refused=torch.zeros(n, height, width, 2**channels, dtype=torch.bool, device=x.device))
+    s.margin = margin(predict(model, s.x, batch_size), y)
+    channel, side = torch.arange(channels, device=x.device)[:, None, None], None
+    for query in range(queries + 1):
+        wrong = s.margin < 0
+        if wrong.any():
+            found[s.row[wrong]] = s.x[wrong]
+            keep(s, ~wrong)
+        if not len(s.row) or query == queries:
+            break
+        halvings = bisect_left([10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000], query)  # the published schedule of p
+        last_side, side = side, max(round(math.sqrt(p / 2**halvings * height * width)), 1)
+        side = min(side, height, width)
+        if side != last_side:
+            s.refused.zero_()
+            offset = torch.arange(side, device=x.device)
+        top, left = ((s.numbers[:, query, i] * (room - side + 1)).long() for i, room in enumerate((height, width)))
+        up = s.numbers[:, query, 2:, None, None] < 0.5
+        image = torch.arange(len(up), device=x.device)
+        window = (image[:, None, None, None], channel, (top[:, None] + offset)[:, None, :, None],
+                  (left[:, None] + offset)[:, None, None, :])
+        new = torch.where(up, s.highest[window], s.lowest[window])
+        # A query that changes nothing, or that was refused since the last change, has a known answer.
+        signs = (up.flatten(1) * 2 ** channel.flatten()).sum(1)
+        ask = (new != s.x[window]).flatten(1).any(1) & ~s.refused[image, top, left, signs]
+        proposal, proposed = s.x.clone(), torch.full_like(s.margin, math.inf)
+        proposal[window] = new
+        if ask.any():
+            proposed[ask] = margin(predict(model, proposal[ask], batch_size), s.y[ask])
+        s.refused[image, top, left, signs] = True
+        lower = proposed < s.margin
+        if lower.any():
+            s.x[lower], s.margin[lower], s.refused[lower] = proposal[lower], proposed[lower], False
+    return found
+
+
+def margin(logits, y):
+    """True class's logit minus the highest other, (N,): negative where misclassified."""
+    return at(logits, y) - logits.scatter(1, y[:, None], -math.inf).amax(1)
+
+
+def ascent(model, objective, batch_size, x, y, target):
+    """Logits (N, classes), `objective` of them (N,), and the gradient of each with respect to its own image."""
+    parts = []
+    for x, y, target in zip(*(t.split(batch_size) for t in (x, y, target))):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            logits = in_float32(model(x))
+            value = objective(logits, y, target)
+            gradient, = torch.autograd.grad(value.sum(), x)
+        parts.append((logits.detach(), value.detach(), gradient))
+    return (torch.cat(part) for part in zip(*parts))
+
+
+@torch.no_grad()
+def predict(model, x, batch_size):
+    """Logits (N, classes)."""
+    return torch.cat([in_float32(model(part)) for part in x.split(batch_size)])
+
+
+def in_float32(logits):
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def ball(x, eps):
+    """The lowest and the highest image within ε of `x` and within [0, 1], in exact arithmetic: where x ± ε is rounded
+    out of the ball, the next number inside."""
+    lowest, highest = (x.double() - eps).clamp(min=0).to(x), (x.double() + eps).clamp(max=1).to(x)
+    return (torch.where(x.double() - lowest.double() > eps, lowest.nextafter(x), lowest),
+            torch.where(highest.double() - x.double() > eps, highest.nextafter(x), highest))
+
+
+def linf(a, b):
+    """‖a - b‖∞ of each pair of images, (N,), without rounding."""
+    return (a.double() - b.double()).abs().flatten(1).amax(1)
+
+
+def uniform(seeds, shape):
+    """Random numbers in [0, 1), (N, *shape), those of each image from its own seeds."""
+    return torch.from_numpy(np.stack([np.random.default_rng(seed).random(shape, np.float32)
+                                      for seed in seeds.tolist()]))
+
+
+def at(logits, classes):
+    return logits.gather(1, classes[:, None])[:, 0]
+
+
+def pick(condition, a, b):
+    """Images of `a` where the condition (N,) holds, of `b` elsewhere."""
+    return torch.where(condition[:, None, None, None], a, b)
+
+
+def keep(s, rows):
+    for name, value in vars(s).items():
+        setattr(s, name, value[rows])
+
+
+# The evaluation: the attacks take turns on what is left standing.
+
+
+ATTACKS = {"PGD": pgd, "APGD-CE": apgd, "APGD-T": apgd, "FAB-T": fab, "Square": square}
+
+
+def autoattack(model, x, y, *, eps, batch_size=256):
+    """Standard AutoAttack. Returns images (N, C, H, W): misclassified ones within ε of `x`; `x` where it found none."""
+    state = begin(model, x, y, batch_size)
+    for turn in standard_turns([eps], state):
+        take_turn(turn, model, x, y, state, batch_size=batch_size)
+    return pick(state["radius"] <= eps, state["images"], x)
+
+
+def pgd_accuracy(model, x, y, *, eps, steps=10, restarts=1, batch_size=256):
+    """Accuracy (%) under PGD with that many random starts."""
+    state = begin(model, x, y, batch_size)
+    for turn in pgd_turns([eps], restarts):
+        take_turn(turn, model, x, y, state, steps=steps, batch_size=batch_size)
+    return accuracy(state, eps)
+
+
+def accuracy(state, eps):
+    """Accuracy (%) at ε: of the images that are not known to be misclassified within it. ε = 0 gives clean accuracy."""
+    return 100 * (state["radius"] > eps).double().mean().item()
+
+
+def standard_turns(radii, state):
+    """(attack, ε, number of its target) of standard AutoAttack for all `radii`. What is found at one ε holds at every
+    larger one; and FAB looks for the smallest perturbation, so that one run of it serves them all."""
+    radii, targets = sorted({eps for eps in radii if eps > 0}), range(state["targets"].shape[1])
+    return ([("APGD-CE", eps, 0) for eps in radii] + [("APGD-T", eps, i) for eps in radii for i in targets]
+            + [("FAB-T", eps, i) for eps in radii[:1] for i in targets] + [("Square", eps, 0) for eps in radii])
+
+
+def pgd_turns(radii, restarts):
+    return [("PGD", eps, i) for eps in sorted({eps for eps in radii if eps > 0}) for i in range(restarts)]
+
+
+def begin(model, x, y, batch_size=256):
+    """The state of an evaluation before its first turn:
+
+        radius   (N,) float64: ‖adversarial - x‖∞ of the closest proved adversarial image; 0 where `x` itself is
+                 misclassified, inf where none is known
+        images   (N, C, H, W): those images, or `x`
+        targets  (N, up to 9): the likeliest classes but the first
+    """
+    order = predict(model, x, batch_size).argsort(dim=1, descending=True)
+    return {"radius": torch.where(order[:, 0] == y, math.inf, 0.0).double(), "images": x.clone(),
+            "targets": order[:, 1:10]}
+
+
+def take_turn(turn, model, x, y, state, *, steps=10, batch_size=256, rank=0, world_size=1):
+    """One attack, on this rank's share of the images that stand at its ε."""
+    name, eps, number = turn
+    rows = (state["radius"] > eps).nonzero()[rank::world_size, 0]
+    images, radius = state["images"][rows], state["radius"][rows]
+    for some in range(0, len(rows), 8 * batch_size):  # bounds the memory
+        some = slice(some, some + 8 * batch_size)
+        arguments = {"steps": steps} if name == "PGD" else {}
+        if name != "FAB-T":  # which draws nothing
+            arguments["seeds"] = F.pad(rows[some, None], (0, 1), value=number)
+        if name.endswith("-T"):
+            arguments["target"] = state["targets"][rows[some], number]
+        found = ATTACKS[name](model, x[rows[some]], y[rows[some]], eps=eps, batch_size=batch_size, **arguments)
+        found_radius = proved_radius(model, x[rows[some]], y[rows[some]], found, batch_size)
+        images[some] = pick(found_radius < radius[some], found, images[some])
+        radius[some] = torch.minimum(found_radius, radius[some])
+    for rows, images, radius in every_rank(world_size, rows, images, radius):
+        state["images"][rows], state["radius"][rows] = images, radius
+
+
+def proved_radius(model, x, y, images, batch_size=256):
+    """‖images - x‖∞ where the images are misclassified and within [0, 1], inf elsewhere: (N,) float64."""
+    wrong = predict(model, images, batch_size).argmax(1) != y
+    inside = ((images >= 0) & (images <= 1)).flatten(1).all(1)
+    return torch.where(wrong & inside, linf(images, x), math.inf)
+
+
+def every_rank(world_size, *tensors):
+    """The tensors of every rank, on the device of this one's."""
+    if world_size == 1:
+        return [tensors]
+    parts = [None] * world_size
+    dist.all_gather_object(parts, [t.cpu() for t in tensors])
+    return [[t.to(tensors[0].device) for t in part] for part in parts]
+
+
+def doubts(model, x, y, attack, batch_size=256):
+    """A line for each sign that robust accuracy cannot be trusted (Athalye et al., "Obfuscated gradients give a false
+    sense of security", ICML 2018), or that an attack is less than the published one."""
+    lines = []
+    first, second = predict(model, x[:batch_size], batch_size), predict(model, x[:batch_size], batch_size)
+    if ((first - second).abs().amax(1) > 1e-4 * first.abs().amax(1)).any():
+        lines.append("the model answers differently when asked twice: the attacks do not average over its randomness")
+    if first.min() >= 0 and ((first.sum(1) - 1).abs() < 1e-4).all():
+        lines.append("the model's outputs look like probabilities: give the logits, before the softmax")
+    if attack != "clean":
+        gradients = (input_gradient(model, *batch) for batch in zip(x.split(batch_size), y.split(batch_size)))
+        zero = sum((gradient == 0).flatten(1).all(1).sum().item() for gradient in gradients)
+        if zero:
+            lines.append(f"the input gradient of {zero} of {len(x)} images is zero: what follows the gradient of "
+                         "cross-entropy, as PGD and APGD-CE do, is blind there")
+    classes = first.shape[1]
+    if attack == "autoattack" and classes < 10:
+        lines.append(f"of {classes} classes, APGD-T and FAB-T have {classes - 1} targets, not 9"
+                     + ", and targeted DLR has a scale of fewer logits" * (classes < 4))
+    return lines
+
+
+# Command line
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Clean and PGD accuracy (%%) of checkpoints on held-out images.",
-                                     allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    args = parse_args()
+    # A rank may wait for the slowest one longer than the default allows.
+    device = train.start_process(args.device, timeout=datetime.timedelta(days=1))
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True  # rounding decides no verdict
+    states = {}
+    try:
+        models, x, y = load_models_and_images(args, device)
+        states = {path: load_state(path, args, device) for path in args.checkpoints}
+        for path, (model, config) in models.items():
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+                evaluate_checkpoint(path, model, x, y, states[path], args)
+            write_result(path, config, states[path], args)
+        if args.save_adversarial and RANK == 0:
+            found = {str(path): {"adversarial": state["images"].cpu(), "radius": state["radius"].cpu()}
+                     for path, state in states.items()}
+            with train.replace(args.save_adversarial) as file:
+                torch.save({"images": x.cpu(), "labels": y.cpu(), **found}, file)
+        for path in args.checkpoints:
+            if RANK == 0:
+                beside(path, args, ".state.pt").unlink(missing_ok=True)
+        print_table(states, args)
+    except KeyboardInterrupt:
+        print_table(states, args)
+        train.fail("interrupted; go on with --resume", 130)
+    except train.BadImage as error:
+        train.fail(error)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def evaluate_checkpoint(path, model, x, y, state, args):
+    """Takes all turns that the state has not seen, and saves it after each."""
+    start = time.perf_counter() - state.get("seconds", 0)
+    if "radius" not in state:
+        state |= begin(model, x, y, args.batch_size) | {"done": 0, "after": {}}
+    turns = {"clean": [], "pgd": pgd_turns(args.radii, args.restarts),
+             "autoattack": standard_turns(args.radii, state)}[args.attack]
+    state |= {"turns": len(turns), "warnings": doubts(model, x, y, args.attack, args.batch_size)}
+    warn(path, state["warnings"])
+    passes = {"PGD": args.steps + 1, "APGD-CE": 102, "APGD-T": 102, "FAB-T": 201, "Square": 5002}
+    with tqdm(desc=str(path), unit=" images", unit_scale=True, leave=False, disable=True if RANK else None) as bar:
+        # The bar counts images that go through the model.
+        hook = model.register_forward_hook(lambda model, inputs, output: bar.update(len(inputs[0])))
+        for turn in turns[state["done"]:]:
+            name, eps, _ = turn
+            bar.total = bar.n + sum(passes[name] * (state["radius"] > eps).sum().item() // WORLD_SIZE
+                                    for name, eps, _ in turns[state["done"]:])
+            bar.set_postfix_str(f"{accuracy(state, eps):.2f} % left for {name} at {args.eps[args.radii.index(eps)]}")
+            take_turn(turn, model, x, y, state, steps=args.steps, batch_size=args.batch_size,
+                      rank=RANK, world_size=WORLD_SIZE)
+            state["after"][name] = [accuracy(state, eps) for eps in args.radii]
+            state["done"] += 1
+            state["seconds"] = time.perf_counter() - start
+            if RANK == 0:
+                with train.replace(beside(path, args, ".state.pt")) as file:
+                    torch.save(state, file)
+        hook.remove()
+    proved = proved_radius(model, x, y, state["images"], args.batch_size)
+    state["radius"] = torch.where(state["radius"].isfinite(), proved, math.inf)
+    state["seconds"] = time.perf_counter() - start
+    lost = [before - after for before, after in zip(*(state["after"].get(name, []) for name in ("FAB-T", "Square")))]
+    if any(lost):
+        state["warnings"].append(f"Square, which follows no gradient, broke {max(lost):.2f} % of the images after the "
+                                 "attacks that do had given up: the gradient may mislead them")
+        warn(path, state["warnings"][-1:])
+
+
+def warn(path, lines):
+    for line in lines if RANK == 0 else []:
+        print(f"{Path(sys.argv[0]).name}: warning: {path}: {line}", file=sys.stderr, flush=True)
+
+
+def load_models_and_images(args, device):
+    """Checkpoint -> (model, configuration), and the images (N, C, H, W) and labels that all of them meet."""
+    try:
+        models = {path: train.load_checkpoint(path, device) for path in args.checkpoints}
+    except ValueError as error:
+        train.fail(error)
+    first, config = args.checkpoints[0], models[args.checkpoints[0]][1]
+    for path, (_, other) in models.items():
+        if (other["dataset"], other["classes"]) != (config["dataset"], config["classes"]):
+            train.fail(f"{path} was trained on {other['dataset']} of {len(other['classes'])} classes, {first} on "
+                       f"{config['dataset']} of {len(config['classes'])}: evaluate them one by one")
+    with train.rank_zero_first():
+        test_set = train.load_dataset(argparse.Namespace(**config | {"data_dir": args.data_dir or config["data_dir"]}),
+                                      train=False)
+    if test_set.classes != config["classes"]:
+        train.fail(f"the data have the classes {test_set.classes}, not those of {first}: choose others by --data-dir")
+    if args.num_images > len(test_set):
+        train.fail(f"--num-images {args.num_images}: there are {len(test_set)} held-out images")
+    images, labels = train.held_out(test_set, args.num_images)
+    return models, images.to(device).float() / 255, labels.to(device)
+
+
+def load_state(path, args, device):
+    """The state of an interrupted evaluation that rank 0 finds, else one with its settings alone."""
+    # What a resumed evaluation must have in common with the interrupted one.
+    settings = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()} | {
+        name: getattr(args, name) for name in ("attack", "eps", "steps", "restarts", "num_images", "amp")}
+    state, state_path = {"settings": settings}, beside(path, args, ".state.pt")
+    if RANK == 0:
+        train.make_writable(path.parent, "results go beside the checkpoint; copy it to a folder of your own")
+    if RANK == 0 and state_path.exists():
+        if not args.resume:
+            train.fail(f"{state_path} is of an interrupted evaluation: go on with --resume, or remove it")
+        try:
+            state = torch.load(state_path, map_location="cpu", weights_only=True)
+            saved = state["settings"]
+        except (OSError, RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError) as error:
+            train.fail(f"{state_path} is not the state of an evaluation ({type(error).__name__}): remove it")
+        for name, value in settings.items():
+            if saved[name] != value:
+                train.fail(f"{state_path} was begun with {name} {saved[name]}, not {value}: go on with the same, or "
+                           "remove it")
+    if WORLD_SIZE > 1:
+        shared = [state]
+        dist.broadcast_object_list(shared)
+        state, = shared
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in state.items()}
+
+
+def beside(path, args, suffix):
+    """runs/x/pgd10-500.json for runs/x/checkpoint.pt, runs/x/best-pgd10-500.json for runs/x/best.pt."""
+    stem = "" if path.stem == "checkpoint" else f"{path.stem}-"
+    sweep = "-sweep" * (args.sweep is not None)
+    return path.with_name(f"{stem}{args.name.replace('-', '').lower()}{sweep}-{args.num_images}{suffix}")
+
+
+def write_result(path, config, state, args):
+    if RANK == 0:
+        result = state["settings"] | {
+            "checkpoint": str(path), "radii": args.radii, "clean_accuracy": accuracy(state, 0),
+            "robust_accuracy": [accuracy(state, eps) for eps in args.radii], "after": state["after"],
+            "warnings": state["warnings"], "seconds": state["seconds"], "config": config}
+        with train.replace(beside(path, args, ".json")) as file:
+            file.write(json.dumps(result, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def print_table(states, args):
+    rows = [[f"{args.name}, {args.num_images} images", "clean", *(f"ε={label}" for label in args.eps)]]
+    for path, state in states.items():
+        if "turns" in state:
+            partial = f" PARTIAL: {state['done']} of {state['turns']} attacks" * (state["done"] < state["turns"])
+            rows.append([f"{path}{partial}", *(f"{accuracy(state, eps):.2f}" for eps in [0, *args.radii])])
+    if args.sweep is not None:
+        rows = list(zip(*rows))  # a row an ε
+    for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]] if RANK == 0 else []:
+        print("|", " | ".join(row), "|", flush=True)
+
+
+def parse_args():
+    count = train.number(int, 1)
+    parser = argparse.ArgumentParser(
+        description="Clean, PGD or AutoAttack accuracy (%%) of checkpoints on held-out images, as a Markdown table; "
+                    "beside each checkpoint, as JSON.",
+        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = train.fail
-    add, count = parser.add_argument, train.number(int, 1)
-    add("checkpoints", nargs="+", metavar="CHECKPOINT", help="checkpoint.pt of train.py")
+    add = parser.add_argument
+    add("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="checkpoint.pt of train.py")
+    add("--attack", default="pgd", choices=["clean", "pgd", "autoattack"],
+        help="autoattack is its standard version, complete: APGD-CE, APGD-T, FAB-T and Square")
     add("--eps", nargs="+", default=["1/255", "2/255", "4/255"], metavar="E",
         help="radii of the L∞ ball, in pixels of [0, 1]")
-    add("--steps", default=10, type=count, metavar="N", help="steps of PGD, of size 2.5ε/N")
-    add("--num-images", default=1000, type=count, metavar="N", help="held-out images, the classes in equal parts")
-    add("--batch-size", default=500, type=count, metavar="N", help="images per forward pass")
+    add("--sweep", type=train.number(int, 1, 255), metavar="N", help="0/255, 1/255, ... N/255 in the place of --eps")
+    add("--steps", default=10, type=count, metavar="N", help="pgd: steps, of size 2.5ε/N")
+    add("--restarts", default=1, type=count, metavar="N", help="pgd: random starts")
+    add("--num-images", default=1000, type=count, metavar="N",
+        help="held-out images: the same for all checkpoints, the classes in equal parts")
+    add("--batch-size", default=256, type=count, metavar="N", help="images per process and forward pass")
+    add("--save-adversarial", type=Path, metavar="FILE",
+        help="keep the closest adversarial images, float32 (rounded to 8 bits they may fool nobody), and their radii")
+    add("--resume", action="store_true", help="go on from where the same command was interrupted")
+    add("--amp", default="off", choices=["off", "bf16"], help="mixed precision; its rounding decides close calls")
     add("--data-dir", metavar="DIR", help="where the data are; the place they were trained from if not given")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    add("--device", choices=["cpu", "cuda"], help="cuda where there is one, if not given")
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this machine has no CUDA device; use --device cpu")
+    args.name = {"clean": "clean", "pgd": f"PGD-{args.steps}" + f"x{args.restarts}" * (args.restarts > 1),
+                 "autoattack": "AutoAttack"}[args.attack]
+    if args.attack == "clean":
+        args.eps, args.sweep = [], None
+    elif args.sweep is not None:
+        args.eps = [f"{k}/255" for k in range(args.sweep + 1)]
     try:
-        radii = [train.number(float, 0, 1)(text) for text in args.eps]
-        models = [train.load_checkpoint(path, args.device) for path in args.checkpoints]
-    except (argparse.ArgumentTypeError, ValueError) as error:
-        parser.error(error)
-    first = models[0][1]
-    for path, (_, config) in zip(args.checkpoints, models):
-        if (config["dataset"], config["classes"]) != (first["dataset"], first["classes"]):
-            parser.error(f"{path} was trained on {config['dataset']}, {args.checkpoints[0]} on {first['dataset']}: "
-                         "evaluate them one by one")
-    settings = argparse.Namespace(**first)
-    settings.data_dir = args.data_dir or settings.data_dir
-    test_set = train.load_dataset(settings, train=False)
-    if args.num_images > len(test_set):
-        parser.error(f"--num-images {args.num_images}: there are {len(test_set)} held-out images")
-    try:
-        images, labels = train.held_out(test_set, args.num_images)
-    except train.BadImage as error:
-        parser.error(error)
-
-    print(f"| PGD-{args.steps}, {len(images)} images | clean |" + "".join(f" ε={text} |" for text in args.eps))
-    print("|---" * (2 + len(radii)) + "|")
-    for path, (model, _) in zip(args.checkpoints, models):
-        results = [train.evaluate(model, images, labels, eps, args.batch_size, args.device, args.steps)
-                   for eps in radii]
-        accuracies = [results[0]["clean_accuracy"], *(result[f"pgd{args.steps}_accuracy"] for result in results)]
-        print(f"| {path} |" + "".join(f" {accuracy:.2f} |" for accuracy in accuracies), flush=True)
+        args.radii = [train.number(float, 0, 1)(label) for label in args.eps]
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"argument --eps: {error}")
+    args.device = train.choose_device(args.device)
+    if args.save_adversarial:
+        if args.save_adversarial.exists():
+            parser.error(f"--save-adversarial {args.save_adversarial} exists already: choose another name")
+        train.make_writable(args.save_adversarial.parent, "choose another place by --save-adversarial")
+    return args
 
 
 if __name__ == "__main__":

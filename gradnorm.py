@@ -85,14 +85,15 @@ def input_gradient(model, x, y):
     return _losses_and_gradients(model, x, y)[1]
 
 
-def pgd_attack(model, x, y, *, eps=4 / 255, step_size=None, steps=10, random_start=True, grad_scale=1.0):
+def pgd_attack(model, x, y, *, eps=4 / 255, step_size=None, steps=10, random_start=True, start=None, grad_scale=1.0):
     """L∞ projected gradient ascent on the loss (Madry et al., "Towards Deep Learning Models Resistant to
     Adversarial Attacks", ICLR 2018).
 
     `x` holds pixels in [0, 1]; `eps` and `step_size` are in pixels. `step_size` is by default 2.5 · ε / steps, which is
-    the paper's validation attack (PGD-10, ε = 4/255, step 1/255). The model is attacked in the mode that it is in; a
-    BatchNorm in train mode therefore updates its statistics. Parameters' `.grad` stay untouched. `grad_scale` is that
-    of `gradnorm_loss`.
+    the paper's validation attack (PGD-10, ε = 4/255, step 1/255). The first point is drawn uniformly from the ball, or
+    it is `x` without `random_start`, or `start`, images (N, C, H, W). The model is attacked in the mode that it is in;
+    a BatchNorm in train mode therefore updates its statistics. Parameters' `.grad` stay untouched. `grad_scale` is
+    that of `gradnorm_loss`.
 
     Returns adversarial images (N, C, H, W) within ε of `x` and within [0, 1], detached.
     """
@@ -105,7 +106,9 @@ def pgd_attack(model, x, y, *, eps=4 / 255, step_size=None, steps=10, random_sta
     step_size = 2.5 * eps / max(steps, 1) if step_size is None else step_size
     x = x.detach()
     lowest, highest = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
-    adversarial = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(lowest, highest) if random_start else x
+    if start is None:
+        start = x + torch.empty_like(x).uniform_(-eps, eps) if random_start else x
+    adversarial = start.detach().clamp(lowest, highest)
     for _ in range(steps):
         _, gradient = _losses_and_gradients(model, adversarial, y, grad_scale)
         adversarial = (adversarial + step_size * gradient.sign()).clamp(lowest, highest)

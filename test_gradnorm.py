@@ -283,6 +283,15 @@ def test_pgd_takes_madrys_step_and_soft_targets():
     torch.testing.assert_close(moved, twice)
 
 
+def test_pgd_starts_where_it_is_told():
+    model, (x, y) = smooth_model(), batch()
+    start = x + torch.empty_like(x).uniform_(-0.2, 0.2)  # the ball and the box cut it
+    attacked = pgd_attack(model, x, y, eps=0.1, steps=1, step_size=0.01, start=start)
+    start = torch.minimum(torch.maximum(start, x - 0.1), x + 0.1).clamp(0, 1)
+    moved = start + 0.01 * input_gradient(model, start, y).sign()
+    torch.testing.assert_close(attacked, torch.minimum(torch.maximum(moved, x - 0.1), x + 0.1).clamp(0, 1))
+
+
 def test_pgd_leaves_the_model_as_it_was():
     model, (x, y) = nn.Sequential(smooth_model(), nn.Dropout()), batch()
     model[0][0].weight.grad = torch.ones_like(model[0][0].weight)
@@ -488,7 +497,8 @@ def run(*flags, script=train):
 
 def start(*flags, launcher=(), script="train.py"):
     """train.py in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(HERE)}
+    threads = 1 if launcher else torch.get_num_threads()
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE)}
     return subprocess.Popen([sys.executable, *launcher, str(HERE / script), *map(str, flags)], env=environment,
                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
@@ -796,9 +806,9 @@ def test_bad_input_ends_in_one_line(folder, tmp_path, capsys, monkeypatch, flags
     assert not (tmp_path / "run").exists()
 
 
-def fails(capsys, *flags):
+def fails(capsys, *flags, script=train):
     with pytest.raises(SystemExit) as stop:
-        run(*flags)
+        run(*flags, script=script)
     errors = capsys.readouterr().err
     assert stop.value.code == 2 and errors.count("\n") == 1, errors
     return errors
@@ -900,23 +910,463 @@ def test_natural_training_collapses_under_pgd_where_gradnorm_holds(tmp_path):
     assert gradnorm["clean_accuracy"] > 95 and gradnorm["pgd10_accuracy"] > 75
 
 
-# Evaluation of checkpoints
+# The attacks of the evaluation
 
 
-def test_evaluate_prints_a_table(folder, tmp_path, capsys):
-    run(*flags_for(folder, tmp_path), "--epochs", "8", "--lr", "0.01")
-    capsys.readouterr()
-    run(tmp_path / "checkpoint.pt", "--eps", "0", "8/255", "1", "--num-images", "12", "--device", "cpu",
-        script=evaluate)
+def widest(model, x, y, eps):
+    """Smallest margin over the classes, (N,), that a linear model has left within ε and [0, 1]: in closed form, since
+    each pixel's best move is its own."""
+    weight, bias, pixels = model[1].weight, model[1].bias, x.flatten(1)
+    margins = []
+    for target in range(len(bias)):
+        normal = weight[y] - weight[target]
+        worst = torch.where(normal > 0, (pixels - eps).clamp(min=0), (pixels + eps).clamp(max=1))
+        margin = (normal * worst).sum(1) + bias[y] - bias[target]
+        margins.append(torch.where(y == target, math.inf, margin))
+    return torch.stack(margins).amin(0)
+
+
+def linear_task(n=60, classes=5):
+    """A linear model of 3x4x4 pixels, a fifth of them black or white, and images that it classifies well."""
+    model = linear_model(classes, 48).requires_grad_(False)
+    x = torch.rand(n, 3, 4, 4, dtype=torch.float64)
+    x = torch.where(torch.rand_like(x) < 0.2, x.round(), x)
+    return model, x, model(x).argmax(1)
+
+
+RADII = [0.01, 0.03, 0.1, 0.3]
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5, 12])
+def test_autoattack_finds_the_exact_robustness_of_a_linear_model(classes):
+    model, x, y = linear_task(classes=classes)
+    for eps in RADII:
+        adversarial = evaluate.autoattack(model, x, y, eps=eps)
+        robust = model(adversarial).argmax(1) == y
+        assert torch.equal(robust, widest(model, x, y, eps) > 0) and (adversarial[robust] == x[robust]).all()
+        assert (adversarial - x).abs().max() <= eps and 0 <= adversarial.min() and adversarial.max() <= 1
+
+
+def test_no_attack_alone_beats_the_closed_form_and_the_targeted_ones_reach_it():
+    model, x, y = linear_task(n=100)
+    seeds, others = torch.arange(100), model(x).argsort(dim=1, descending=True)[:, 1:]
+    for eps in RADII:
+        exact = widest(model, x, y, eps) > 0
+        assert 0 < exact.sum() or eps > 0.1
+
+        def broken(images):
+            return evaluate.proved_radius(model, x, y, images) <= eps
+
+        pgd = broken(evaluate.pgd(model, x, y, eps=eps, seeds=seeds))
+        square = broken(evaluate.square(model, x, y, eps=eps, seeds=seeds, queries=500))
+        apgd = broken(evaluate.apgd(model, x, y, eps=eps, seeds=seeds))
+        targeted = [broken(evaluate.apgd(model, x, y, eps=eps, seeds=seeds, target=target)) for target in others.T]
+        fab = [broken(evaluate.fab(model, x, y, eps=eps, target=target)) for target in others.T]
+        assert not any((found & exact).any() for found in (pgd, square, apgd))
+        assert torch.equal(torch.stack(targeted).any(0), ~exact)
+        within = widest(model, x, y, eps / 1.01) <= 0  # FAB steps over the boundary by 5 %, and comes back to 1 %
+        assert (torch.stack(fab).any(0) >= within).all() and not (torch.stack(fab).any(0) & exact).any()
+    model, x, y = linear_task(n=100, classes=2)  # of more classes, cross-entropy can be drawn to two at once
+    for eps in RADII:
+        found = evaluate.proved_radius(model, x, y, evaluate.apgd(model, x, y, eps=eps, seeds=seeds)) <= eps
+        assert torch.equal(found, widest(model, x, y, eps) <= 0)
+
+
+def test_apgd_halves_its_step_after_the_published_checkpoints():
+    assert evaluate.apgd_checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
+    assert evaluate.apgd_checkpoints(1) == [1] and evaluate.apgd_checkpoints(10)[0] == 2
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_apgd_is_algorithm_1_of_its_paper(targeted):
+    """Its iterates, one image at a time, against the algorithm as it is printed, in the notation of the paper."""
+    model, (x, _) = smooth_model(6), batch(100)
+    x = x[model(x).topk(2).values.diff().flatten().argsort()[:4]]  # the safest four
+    y, target = model(x).argmax(1), model(x).argsort(dim=1)[:, 2] if targeted else None
+    eps, seen = 2e-3, []
+    hook = model.register_forward_hook(lambda model, inputs, output: seen.append(inputs[0].detach()))
+    evaluate.apgd(model, x, y, eps=eps, seeds=torch.arange(4), target=target)
+    hook.remove()
+    assert len(seen) == 101 and all(len(images) == 4 for images in seen)  # nobody fell
+    halvings = 0
+    for i in range(4):
+        def f(image):
+            z = model(image[None])
+            if not targeted:
+                return F.cross_entropy(z, y[i:i + 1])
+            z1, _, z3, z4 = z[0].sort(descending=True).values[:4]
+            return -(z[0, y[i]] - z[0, target[i]]) / (z1 - (z3 + z4) / 2)
+
+        def gradient(image):
+            return torch.autograd.functional.jacobian(f, image)
+
+        def projected(image):
+            return image.clamp(x[i] - eps, x[i] + eps).clamp(0, 1)
+
+        w, xs = [0, 22, 41, 57, 70, 80, 87, 93, 99], [seen[0][i]]
+        assert (xs[0] - x[i]).abs().max() <= eps
+        current = previous = x_max = xs[0]
+        step, halved, losses = 2 * eps, True, [f(current)]
+        f_max = f_max_at_last = losses[0]
+        for k in range(100):
+            z = projected(current + step * gradient(current).sign())
+            following = projected(current + 0.75 * (z - current) + 0.25 * (current - previous)) if k > 0 else z
+            previous, current = current, following
+            xs.append(current)
+            losses.append(f(current))
+            if losses[-1] > f_max:
+                f_max, x_max = losses[-1], current
+            if k + 1 in w:
+                j = w.index(k + 1)
+                grown = sum(losses[m + 1] > losses[m] for m in range(w[j - 1], w[j]))
+                halved = grown <= 0.75 * (w[j] - w[j - 1]) or (not halved and f_max_at_last == f_max)
+                f_max_at_last = f_max
+                if halved:
+                    step, current, halvings = step / 2, x_max, halvings + 1
+        for k, image in enumerate(xs):
+            torch.testing.assert_close(seen[k][i], image, rtol=0, atol=1e-9)
+    assert halvings > 8
+
+
+def test_targeted_dlr_is_invariant_to_scale_and_shift():
+    z, y, target = torch.randn(20, 6, dtype=torch.float64), torch.randint(6, (20,)), torch.randint(6, (20,))
+    expected = []
+    for logits, true, other in zip(z, y, target):
+        ordered = sorted(logits.tolist())
+        expected.append(-(logits[true] - logits[other]) / (ordered[-1] - (ordered[-3] + ordered[-4]) / 2))
+    torch.testing.assert_close(evaluate.targeted_dlr(z, y, target), torch.stack(expected))
+    torch.testing.assert_close(evaluate.targeted_dlr(7 * z - 3, y, target), torch.stack(expected))
+
+
+def test_fabs_projection_is_the_nearest_point():
+    """Against bisection: the reach of a step λ grows with λ, so the smallest λ that reaches the plane is the norm."""
+    x = torch.rand(400, 3, 4, 4, dtype=torch.float64)
+    x[::3] = x[::3].round()
+    normal = torch.randn_like(x) * (torch.rand_like(x) < 0.7)
+    normal[5] = 0
+    height = torch.randn(400, dtype=torch.float64) * torch.tensor([0.1, 1, 10, 100]).double().repeat(100)
+    height[7] = 0
+    d = evaluate.project(x, normal, height)
+    assert (x + d).min() >= 0 and (x + d).max() <= 1
+    infeasible = 0
+    for xi, w, h, di in zip(x, normal, height, d):
+        towards = w.sign() * h.sign()
+        room = torch.where(towards > 0, 1 - xi, xi)
+
+        def reach(size):
+            return (w.abs() * room.clamp(max=size)).sum()
+
+        if reach(1) <= abs(h):  # no such point: as far as the box goes
+            torch.testing.assert_close(di, towards * room)
+            infeasible += 1
+            continue
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            low, high = (low, (low + high) / 2) if reach((low + high) / 2) >= abs(h) else ((low + high) / 2, high)
+        assert di.abs().max().item() == pytest.approx(high, rel=1e-9, abs=1e-12)
+        assert (w * di).sum().item() == pytest.approx(h.item(), rel=1e-9, abs=1e-12)
+    assert 20 < infeasible < 200
+
+
+def test_fab_finds_the_distance_to_the_boundary():
+    model, x, y = linear_task(n=40, classes=2)
+    found = evaluate.fab(model, x, y, eps=0, target=1 - y)
+    radius = evaluate.proved_radius(model, x, y, found)
+    low, high = torch.zeros(40, dtype=torch.float64), torch.ones(40, dtype=torch.float64)
+    for _ in range(40):
+        middle = (low + high) / 2
+        held = torch.tensor([widest(model, x[i:i + 1], y[i:i + 1], middle[i])[0] > 0 for i in range(40)])
+        low, high = torch.where(held, middle, low), torch.where(held, high, middle)
+    reachable = high < 1
+    assert reachable.sum() > 20 and (radius >= high)[reachable].all()
+    torch.testing.assert_close(radius[reachable], high[reachable], rtol=1e-2, atol=0)
+    assert radius[~reachable].isinf().all()
+
+
+def test_square_keeps_only_what_lowers_the_margin():
+    """Every query that it makes of one image is the best image so far but for one square of the published side, each
+    channel of it at a wall of the ball; and none is made twice."""
+    model = smooth_model(3)
+    x, _ = batch(1)
+    y, eps, seen = model(x).argmax(1), 0.01, []
+    hook = model.register_forward_hook(lambda model, inputs, output: seen.append(inputs[0][0].clone()))
+    found = evaluate.square(model, x, y, eps=eps, seeds=torch.tensor([4]), queries=600)
+    hook.remove()
+    lowest, highest = evaluate.ball(x, eps)
+
+    def margin(image):
+        z = model(image[None])[0]
+        return (z[y] - z[[c for c in range(3) if c != y]].max()).item()
+
+    best, refused, accepted = seen[0], [], 0
+    assert ((best == highest[0]) | (best == lowest[0])).all()
+    assert ((best > x[0]) == (best > x[0])[:, :1]).all()  # vertical stripes
+    for image in seen[1:]:
+        changed = (image != best).any(0).nonzero()
+        height, width = (changed.amax(0) - changed.amin(0) + 1).tolist()
+        assert 1 <= max(height, width) <= 7  # p = 0.8 of 8x8 pixels
+        assert ((image == highest[0]) | (image == lowest[0])).all()
+        assert not any(torch.equal(image, other) for other in refused[-20:])
+        if margin(image) < margin(best):
+            best, refused, accepted = image, [], accepted + 1
+        else:
+            refused.append(image)
+    assert accepted > 5 and 50 < len(seen) < 600
+    assert torch.equal(found, x) or torch.equal(found[0], best)
+
+
+def test_squares_shrink_as_published():
+    model, sizes = smooth_model(3), []
+    x = torch.rand(1, 3, 8, 8, dtype=torch.float64)
+    y = model(x).argmax(1)
+    original = evaluate.predict
+
+    def spy(model, images, batch_size):
+        sizes.append(images)
+        return original(model, images, batch_size)
+
+    evaluate.predict = spy
+    try:
+        evaluate.square(model, x, y, eps=1e-6, seeds=torch.tensor([0]), queries=5000)
+    finally:
+        evaluate.predict = original
+    last = sizes[-50:]
+    assert all((a != b).any(1).sum() <= 2 for a, b in zip(last, last[1:]))  # side 1: one pixel back, one forth
+
+
+def test_ball_is_exact():
+    x = torch.cat([torch.rand(1000), torch.tensor([0.0, 1.0])]).view(-1, 1, 1, 1)
+    for eps in (1 / 255, 4 / 255, 16 / 255, 0.1):
+        lowest, highest = evaluate.ball(x, eps)
+        assert (evaluate.linf(lowest, x) <= eps).all() and (evaluate.linf(highest, x) <= eps).all()
+        inside = lowest > 0
+        assert (evaluate.linf(lowest.nextafter(x - 1), x) > eps)[inside.flatten()].all()
+        assert lowest.min() == 0 and highest.max() == 1
+
+
+# The evaluation
+
+
+def task():
+    model, (x, _) = smooth_model(), batch(40)
+    return model.requires_grad_(False), x, model(x).argmax(1)
+
+
+def evaluated(turns, model, x, y, **arguments):
+    state = evaluate.begin(model, x, y)
+    for turn in turns(state):
+        evaluate.take_turn(turn, model, x, y, state, **arguments)
+    return state
+
+
+def test_autoattack_is_at_most_pgd_at_most_clean_and_all_fall_with_eps():
+    model, x, y = task()
+    y[:4] = (y[:4] + 1) % 4  # misclassified
+    radii = [0, 0.005, 0.02, 0.04]
+    together = evaluated(lambda state: evaluate.standard_turns(radii, state), model, x, y)
+    auto = [evaluate.accuracy(together, eps) for eps in radii]
+    pgd = [evaluate.pgd_accuracy(model, x, y, eps=eps, steps=20, restarts=2) for eps in radii]
+    assert auto[0] == pgd[0] == 90 and all(a <= p for a, p in zip(auto, pgd))
+    assert auto == sorted(auto, reverse=True) and auto[0] > auto[1] > auto[2] > auto[3]
+    for eps in radii[1:]:  # all together break no fewer than each alone
+        alone = model(evaluate.autoattack(model, x, y, eps=eps)).argmax(1) != y
+        assert (alone <= (together["radius"] <= eps)).all()
+
+
+def test_an_images_verdict_does_not_depend_on_its_batch():
+    model, x, y = task()
+    turns = [("PGD", 0.02, 3), ("APGD-CE", 0.02, 0), ("APGD-T", 0.02, 1), ("FAB-T", 0.02, 0), ("Square", 0.01, 0)]
+    whole = evaluated(lambda state: turns, model, x, y)
+    some = evaluated(lambda state: turns, model, x[:7], y[:7], batch_size=3)
+    assert 0 < whole["radius"][:7].isfinite().sum()
+    torch.testing.assert_close(some["radius"], whole["radius"][:7])
+    torch.testing.assert_close(some["images"], whole["images"][:7])
+
+
+def test_only_what_is_proved_counts(monkeypatch):
+    model, x, y = task()
+    outside, nan = x.clone(), x.clone()
+    outside[:, 0, 0, 0] = 1.5
+    nan[:, 0, 0, 0] = math.nan
+    wrong = (y + 1) % 4
+    for images, labels, broken in ((outside, wrong, False), (nan, y, False), (x, y, False), (x, wrong, True)):
+        assert (evaluate.proved_radius(model, x, labels, images).isfinite() == broken).all()
+    monkeypatch.setitem(evaluate.ATTACKS, "PGD", lambda model, x, y, **_: outside)
+    assert evaluate.pgd_accuracy(model, x, y, eps=0.1) == 100
+
+
+def test_fallen_images_are_attacked_no_more():
+    """The passes through the model: all images at the start, and of those that fall at once no more than a few."""
+    model, x, y = linear_task(classes=2)
+    count = 0
+
+    def hook(model, inputs, output):
+        nonlocal count
+        count += len(inputs[0])
+
+    model.register_forward_hook(hook)
+    assert (evaluate.autoattack(model, x, y, eps=0.9) != x).flatten(1).any(1).all()
+    assert count <= 4 * len(x)
+
+
+def test_signs_of_untrustworthy_robustness_are_told():
+    _, x, y = linear_task(classes=12)
+    model = linear_model(12, 48)
+    assert evaluate.doubts(model, x, y, "autoattack") == []
+    assert "twice" in evaluate.doubts(nn.Sequential(model, nn.Dropout()), x, y, "pgd")[0]
+    assert "probabilities" in evaluate.doubts(nn.Sequential(model, nn.Softmax(1)), x, y, "pgd")[0]
+    flat = nn.Sequential(nn.Flatten(), nn.Threshold(1e9, 1.0), nn.Linear(48, 12)).double()
+    assert f"{len(x)} of {len(x)} images is zero" in evaluate.doubts(flat, x, y, "pgd")[0]
+    few, = evaluate.doubts(linear_model(3, 48), x, y % 3, "autoattack")
+    assert "3 classes" in few and "2 targets" in few and "fewer logits" in few
+
+
+def result(path, name):
+    return json.loads((Path(path) / name).read_text())
+
+
+@pytest.fixture(scope="session")
+def trained(folder, tmp_path_factory):
+    """A checkpoint of the image folder, of three classes, half-way robust at 40/255."""
+    path = tmp_path_factory.mktemp("trained")
+    run(*flags_for(folder, path), "--epochs", "8", "--lr", "0.01")
+    return path / "checkpoint.pt"
+
+
+@pytest.fixture
+def checkpoint(trained, tmp_path):
+    """A copy of it in a folder of its own, beside which results go."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoint.pt").write_bytes(trained.read_bytes())
+    return tmp_path / "run/checkpoint.pt"
+
+
+AUTOATTACK = ["--attack", "autoattack", "--eps", "40/255", "64/255", "--num-images", "12", "--device", "cpu"]
+
+
+def test_evaluate_prints_a_table_and_writes_json(checkpoint, tmp_path, capsys):
+    run(checkpoint, "--eps", "0", "48/255", "1", "--num-images", "12", "--device", "cpu", "--save-adversarial",
+        tmp_path / "adversarial.pt", script=evaluate)
     header, rule, row = capsys.readouterr().out.splitlines()
     clean, zero, some, all_of_it = map(float, row.split("|")[2:-1])
-    assert clean == zero >= some >= all_of_it
-    assert clean == pytest.approx(metrics(tmp_path)[-1]["clean_accuracy"], abs=0.01)
-    assert header.count("|") == rule.count("|") == row.count("|") == 6
-    for flags, words in [([tmp_path / "none.pt"], "none.pt"), ([tmp_path / "metrics.jsonl"], "not a checkpoint"),
-                         ([tmp_path / "checkpoint.pt", "--eps", "2"], "from 0 up to 1"),
-                         ([tmp_path / "checkpoint.pt", "--num-images", "13"], "12 held-out")]:
-        with pytest.raises(SystemExit) as stop:
-            run(*flags, "--device", "cpu", script=evaluate)
-        errors = capsys.readouterr().err
-        assert stop.value.code == 2 and errors.count("\n") == 1 and words in errors
+    assert clean == zero > some > all_of_it
+    assert header.count("|") == rule.count("|") == row.count("|") == 6 and "PGD-10, 12 images" in header
+    written = result(checkpoint.parent, "pgd10-12.json")
+    assert [clean, zero, some, all_of_it] == pytest.approx(
+        [written["clean_accuracy"], *written["robust_accuracy"]], abs=0.01)
+    assert written["config"]["method"] == "gradnorm" and written["eps"] == ["0", "48/255", "1"]
+    assert [path.name for path in checkpoint.parent.iterdir() if "state" in path.name] == []
+
+    kept = torch.load(tmp_path / "adversarial.pt", weights_only=True)
+    model, _ = train.load_checkpoint(checkpoint)
+    found = kept[str(checkpoint)]
+    wrong = model(found["adversarial"]).argmax(1) != kept["labels"]
+    assert torch.equal(wrong, found["radius"].isfinite()) and found["adversarial"].dtype == torch.float32
+    distance = (found["adversarial"].double() - kept["images"].double()).abs().amax((1, 2, 3))
+    assert torch.equal(distance[wrong], found["radius"][wrong]) and 100 * (~wrong).double().mean() == all_of_it
+
+
+def test_a_sweep_has_a_row_an_eps_and_never_rises(checkpoint, capsys):
+    run(checkpoint, "--sweep", "64", "--steps", "5", "--restarts", "2", "--num-images", "12", "--device", "cpu",
+        script=evaluate)
+    lines = capsys.readouterr().out.splitlines()
+    written = result(checkpoint.parent, "pgd5x2-sweep-12.json")
+    robust = written["robust_accuracy"]
+    assert len(lines) == 2 + 1 + 65 and len(robust) == 65 and written["radii"][32] == 32 / 255
+    assert robust[0] == written["clean_accuracy"] > robust[64] and robust == sorted(robust, reverse=True)
+
+
+def test_two_processes_evaluate_as_one(checkpoint, capsys):
+    run(checkpoint, *AUTOATTACK, script=evaluate)
+    table = capsys.readouterr().out
+    one = result(checkpoint.parent, "autoattack-12.json")
+    assert one["clean_accuracy"] > one["robust_accuracy"][0] > one["robust_accuracy"][1]
+    two = start(checkpoint, *AUTOATTACK, launcher=TORCHRUN, script="evaluate.py")
+    output, errors = two.communicate(timeout=120)
+    assert two.returncode == 0 and output == table, errors
+    assert errors.count("2 targets, not 9") == 1  # rank 0 alone speaks
+    two = result(checkpoint.parent, "autoattack-12.json")
+    assert {**one, "seconds": 0} == {**two, "seconds": 0}
+
+
+def test_interrupted_and_resumed_evaluation_equals_undisturbed(checkpoint, capsys, monkeypatch):
+    run(checkpoint, *AUTOATTACK, script=evaluate)
+    undisturbed = result(checkpoint.parent, "autoattack-12.json")
+    (checkpoint.parent / "autoattack-12.json").unlink()
+    capsys.readouterr()
+
+    take_turn, turns = evaluate.take_turn, []
+
+    def interrupted(turn, *args, **kwargs):
+        if len(turns) == 4:
+            raise KeyboardInterrupt
+        turns.append(turn)
+        take_turn(turn, *args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "take_turn", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run(checkpoint, *AUTOATTACK, script=evaluate)
+    output, errors = capsys.readouterr()
+    assert stop.value.code == 130 and "--resume" in errors and "PARTIAL: 4 of 10 attacks" in output
+    assert not (checkpoint.parent / "autoattack-12.json").exists()
+
+    for flags, words in (([], "--resume"), (["--resume", "--eps", "40/255"], "eps")):
+        assert words in fails(capsys, checkpoint, *AUTOATTACK, *flags, script=evaluate)
+    monkeypatch.setattr(evaluate, "take_turn", lambda turn, *args, **kwargs: (
+        turns.append(turn), take_turn(turn, *args, **kwargs)))
+    run(checkpoint, *AUTOATTACK, "--resume", script=evaluate)
+    assert len(turns) == len(set(turns)) == 10  # none was taken twice
+    resumed = result(checkpoint.parent, "autoattack-12.json")
+    assert {**undisturbed, "seconds": 0} == {**resumed, "seconds": 0}
+    assert not list(checkpoint.parent.glob("*state*"))
+
+
+def test_square_breaking_what_the_gradient_could_not_is_told(checkpoint, capsys, monkeypatch):
+    """A model with steps: its gradient is zero, and random search alone breaks it."""
+    class Steps(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model((x * 8).round() / 8)
+
+    model, config = train.load_checkpoint(checkpoint)
+    monkeypatch.setattr(train, "load_checkpoint", lambda path, device: (Steps(model), config))
+    run(checkpoint, *AUTOATTACK, script=evaluate)
+    errors = capsys.readouterr().err
+    assert "input gradient of 12 of 12 images is zero" in errors and "Square, which follows no gradient" in errors
+    assert len(result(checkpoint.parent, "autoattack-12.json")["warnings"]) == 3
+
+
+def test_evaluation_in_bfloat16(checkpoint):
+    run(checkpoint, "--amp", "bf16", "--num-images", "12", "--device", "cpu", script=evaluate)
+    assert 0 < result(checkpoint.parent, "pgd10-12.json")["robust_accuracy"][0] <= 100
+
+
+def test_bad_input_of_the_evaluation_ends_in_one_line(checkpoint, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    other = tmp_path / "data"
+    other.mkdir()
+    (other / "val").symlink_to(folder / "train")
+    (tmp_path / "renamed/val").mkdir(parents=True)
+    for name in ("blue", "green", "yellow"):
+        (tmp_path / "renamed/val" / name).symlink_to(folder / "val/red")
+    for flags, words in [
+        ([tmp_path / "none.pt"], "no checkpoint at"), ([__file__], "not a checkpoint"),
+        ([checkpoint, "--eps", "2"], "from 0 up to 1"), ([checkpoint, "--eps", "4/x"], "4/x"),
+        ([checkpoint, "--num-images", "13"], "12 held-out"), ([checkpoint, "--steps", "0"], "--steps"),
+        ([checkpoint, "--attack", "fgsm"], "autoattack"), ([checkpoint, "--sweep", "0"], "--sweep"),
+        ([checkpoint, "--num-images", "12", "--device", "cuda"], "cuda"), ([], "CHECKPOINT"),
+        ([checkpoint, "--num-images", "12", "--data-dir", tmp_path / "renamed"], "yellow"),
+        ([checkpoint, "--num-images", "12", "--data-dir", "/nonexistent"], "/nonexistent/val"),
+        ([checkpoint, "--save-adversarial", checkpoint], "exists already"),
+        ([checkpoint, "--save-adversarial", "/dev/null/x.pt"], "/dev/null"),
+    ]:
+        before = {path: path.read_bytes() for path in checkpoint.parent.iterdir()}
+        device = [] if "--device" in flags else ["--device", "cpu"]
+        assert words in fails(capsys, *flags, *device, script=evaluate)
+        assert before == {path: path.read_bytes() for path in checkpoint.parent.iterdir()}
+    (checkpoint.parent / "pgd10-12.state.pt").write_bytes(b"something else")
+    errors = fails(capsys, checkpoint, "--num-images", "12", "--device", "cpu", "--resume", script=evaluate)
+    assert "not the state" in errors and "pgd10-12.state.pt" in errors

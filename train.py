@@ -221,8 +221,8 @@ def train_mode(model, freeze_bn):
 # Evaluation
 
 
-def evaluate(model, images, labels, eps, batch_size, device, steps=10):
-    """Clean and PGD accuracy (%) and mean ‖∇x L‖₁ (pixels in [0, 1]), over the images of all ranks.
+def evaluate(model, images, labels, eps, batch_size, device):
+    """Clean and PGD-10 accuracy (%) and mean ‖∇x L‖₁ (pixels in [0, 1]), over the images of all ranks.
 
     `images` are this rank's, (N, C, H, W) uint8. PGD starts from the same random points in every epoch.
     """
@@ -232,7 +232,7 @@ def evaluate(model, images, labels, eps, batch_size, device, steps=10):
     for x, y in zip(images.split(batch_size), labels.split(batch_size)):
         x, y = x.to(device).float() / 255, y.to(device)
         gradient_norm = input_gradient(model, x, y).abs().sum()
-        adversarial = pgd_attack(model, x, y, eps=eps, steps=steps)
+        adversarial = pgd_attack(model, x, y, eps=eps, steps=10)
         with torch.no_grad():
             clean = model(x).argmax(1) == y
             robust = clean & (model(adversarial).argmax(1) == y)
@@ -240,7 +240,7 @@ def evaluate(model, images, labels, eps, batch_size, device, steps=10):
     if WORLD_SIZE > 1:
         dist.all_reduce(sums)
     clean, robust, gradient_norm, count = sums.tolist()
-    return {"clean_accuracy": 100 * clean / count, f"pgd{steps}_accuracy": 100 * robust / count,
+    return {"clean_accuracy": 100 * clean / count, "pgd10_accuracy": 100 * robust / count,
             "gradient_norm": gradient_norm / count}
 
 
@@ -602,12 +602,12 @@ def replace(path):
     os.replace(temporary, path)
 
 
-def make_writable(folder):
+def make_writable(folder, remedy="choose another --output-dir"):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        fail(f"cannot write into {folder} ({error.strerror}): choose another --output-dir")
+        fail(f"cannot write into {folder} ({error.strerror}): {remedy}")
 
 
 # Command line
@@ -733,23 +733,36 @@ def parse_args():
     if args.eval_images < WORLD_SIZE:
         fail(f"--eval-images {args.eval_images}: {WORLD_SIZE} processes need an image each")
     args.output_dir = str(path.parent)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device == "cuda" and torch.cuda.device_count() <= LOCAL_RANK:
-        fail(f"--device cuda: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"
-             + " or fewer processes" * (LOCAL_RANK > 0))
+    args.device = choose_device(args.device)
     return args, checkpoint
 
 
-def main():
-    args, checkpoint = parse_args()
-    device = torch.device(args.device)
+def choose_device(name):
+    """--device, cpu or cuda."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and torch.cuda.device_count() <= LOCAL_RANK:
+        fail(f"--device cuda: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"
+             + " or fewer processes" * (LOCAL_RANK > 0))
+    return name
+
+
+def start_process(device_name, timeout=None):
+    """This process's device, once it has joined those that torchrun started. They wait for each other up to `timeout`,
+    a timedelta."""
+    device = torch.device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
     if WORLD_SIZE > 1:
         if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=torch.device("cuda", LOCAL_RANK))
+            dist.init_process_group("nccl", timeout=timeout, device_id=torch.device("cuda", LOCAL_RANK))
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=timeout)
+    return device
+
+
+def main():
+    args, checkpoint = parse_args()
+    device = start_process(args.device)
     torch.manual_seed(args.seed)  # the same first weights on every rank
     try:
         train(args, checkpoint, device)
