@@ -1,5 +1,5 @@
 """Tests: the mathematics of gradnorm.py against closed forms, numerical derivatives and independent formulas, and what
-breaks in practice in train.py and evaluate.py.
+breaks in practice in train.py, evaluate.py and visualize.py.
 
     pytest
 """
@@ -10,16 +10,19 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
@@ -27,6 +30,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 import evaluate
 import train
+import visualize
 from gradnorm import (
     gradnorm_loss,
     gradnorm_loss_finite_difference,
@@ -1370,3 +1374,137 @@ def test_bad_input_of_the_evaluation_ends_in_one_line(checkpoint, folder, tmp_pa
     (checkpoint.parent / "pgd10-12.state.pt").write_bytes(b"something else")
     errors = fails(capsys, checkpoint, "--num-images", "12", "--device", "cpu", "--resume", script=evaluate)
     assert "not the state" in errors and "pgd10-12.state.pt" in errors
+
+
+# The pictures
+
+
+@pytest.fixture(scope="session")
+def gallery(folder, tmp_path_factory):
+    """Runs of the three methods, side by side, with the results that the pictures need."""
+    root = tmp_path_factory.mktemp("gallery")
+    for method in ("natural", "gradnorm", "adversarial"):
+        run(*flags_for(folder, root / method), "--method", method, "--lr", "0.01", "--epochs", "3")
+        for flags in (["--sweep", "4", "--steps", "2"], ["--eps", "8/255", "16/255"]):
+            run(root / method / "checkpoint.pt", *flags, "--num-images", "12", "--device", "cpu", script=evaluate)
+    return root
+
+
+@pytest.fixture
+def runs(gallery, tmp_path):
+    """A copy of them."""
+    shutil.copytree(gallery, tmp_path / "runs")
+    return [tmp_path / "runs" / method for method in ("natural", "gradnorm", "adversarial")]
+
+
+def curves(figure):
+    """label -> (x, y) of each line, as it is drawn."""
+    return {(line.get_label(), line.get_linestyle(), line.get_color()): (line.get_xdata(), line.get_ydata())
+            for ax in figure.axes for line in ax.get_lines()}
+
+
+def test_gradient_tiles_hold_the_input_gradient(runs):
+    loaded = visualize.load_runs(runs)
+    picture = visualize.gradients(loaded, count=3)
+    scale = round(150 / 16)
+    side, gap, caption, header = 16 * scale, 10, 26, 34
+    assert picture.mode == "RGB" and picture.size == (4 * (side + 2 * gap), header + 3 * (side + caption + gap))
+    pixels = torch.from_numpy(np.array(picture))
+    shown = [[pixels[header + i * (side + caption + gap):, j * (side + 2 * gap) + gap:][:side:scale, :side:scale]
+              for j in range(4)] for i in range(3)]
+    data = train.load_dataset(argparse.Namespace(**loaded[0]["config"]), train=False)
+    images, labels = train.held_out(data, 12)
+    models = [train.load_checkpoint(path / "checkpoint.pt")[0] for path in runs]
+    right = [i for i in range(12) if all(m(images[i:i + 1] / 255).argmax() == labels[i] for m in models)][:3]
+    assert len(set(labels[right].tolist())) == 3
+    for row, i in zip(shown, right):
+        assert torch.equal(row[0], images[i].permute(1, 2, 0))
+        for tile, model in zip(row[1:], models):
+            g = input_gradient(model, images[i:i + 1] / 255, labels[i:i + 1])[0]
+            q = torch.tensor(sorted(g.abs().flatten().tolist())).quantile(0.99)
+            expected = (255 * (0.5 + 0.5 * g / q).clamp(0, 1)).permute(1, 2, 0)
+            torch.testing.assert_close(tile.float(), expected, rtol=0, atol=1)
+
+
+def test_grey_tiles_and_a_gradient_of_zero():
+    tiles = visualize.gradient_tiles(torch.stack([torch.zeros(1, 4, 4), torch.arange(16.0).view(1, 4, 4) - 8]))
+    assert (tiles[0] == 0.5).all() and tiles[1].min() == 0 and tiles[1].flatten()[8] == 0.5
+    picture = visualize.captioned_grid([tiles, tiles], ["a", "b"], [["c", "d"], ["e", "f"]])
+    red, green, blue = map(np.array, picture.split())
+    assert (red == green).all() and (red == blue).all()
+
+
+def test_curves_hold_the_numbers_of_the_runs(runs):
+    loaded = visualize.load_runs(runs)
+    for picture, names in ((visualize.accuracy, ("clean_accuracy", "pgd10_accuracy")),
+                           (visualize.epochs, ("gradient_norm",))):
+        drawn = curves(picture(loaded))
+        for each, path in zip(loaded, runs):
+            for name, style in zip(names, ("-", "--")):
+                label = each["label"] if style == "-" else "_"
+                x, y = drawn[label, style, each["colour"]]
+                assert list(x) == [1, 2, 3] and list(y) == [line[name] for line in metrics(path)]
+    drawn = curves(visualize.sweep(loaded))
+    for each, path in zip(loaded, runs):
+        x, y = drawn[each["label"], "-", each["colour"]]
+        assert list(x) == pytest.approx([0, 1, 2, 3, 4])
+        assert list(y) == result(path, "pgd2-sweep-12.json")["robust_accuracy"]
+    assert list(drawn["training ε", ":", "0.4"][0]) == pytest.approx([8, 8])
+    drawn = curves(visualize.cost(loaded))
+    for each, path in zip(loaded, runs):
+        x, y = drawn[each["label"], "None", each["colour"]]
+        assert list(y) == result(path, "pgd10-12.json")["robust_accuracy"][:1]
+        assert list(x) == [1000 / sorted(line["images_per_second"] for line in metrics(path))[1]]
+    assert len({each["colour"] for each in loaded}) == 3
+
+
+def test_strips_are_the_kept_gradients(runs):
+    figure = visualize.epochs(visualize.load_runs(runs[:1]))
+    strip = torch.from_numpy(figure.axes[0].get_images()[0].get_array().data)
+    for i, epoch in enumerate((1, 2, 3)):
+        kept = torch.load(runs[0] / f"gradients/{epoch:04d}.pt", weights_only=True)["gradients"].float()
+        tile = strip[1:17, 1 + 17 * i:17 + 17 * i].permute(2, 0, 1)
+        torch.testing.assert_close(tile, visualize.gradient_tiles(kept[:1])[0].double(), check_dtype=False)
+
+
+def test_all_draws_what_it_can_and_says_what_it_cannot(runs, tmp_path, capsys):
+    run("all", tmp_path, script=visualize)
+    output, errors = capsys.readouterr()
+    for name in ("gradients", "epochs", "accuracy", "sweep", "cost"):
+        with Image.open(tmp_path / f"runs/{name}.png") as picture:
+            assert picture.format == "PNG" and min(picture.size) > 300
+        assert f"{name}.png" in output
+    assert errors == ""
+    (runs[0] / "pgd2-sweep-12.json").write_text("{")
+    with open(runs[1] / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 4, "loss"\n')
+    run("all", tmp_path, "--output", tmp_path / "pictures", script=visualize)
+    errors = capsys.readouterr().err.splitlines()
+    assert len(list((tmp_path / "pictures").iterdir())) == 4 and len(errors) == 3
+    assert "metrics.jsonl, line 4" in errors[0] and "pgd2-sweep-12.json is not" in errors[1]
+    assert "no " in errors[2] and "--sweep 32" in errors[2]
+
+
+def test_runs_of_one_method_are_told_apart(runs):
+    several = visualize.load_runs([runs[1], runs[1], runs[0]])
+    assert several[0]["label"] == "gradnorm" and several[2]["label"] == "natural"
+    assert several[0]["marker"] != several[1]["marker"] and several[0]["colour"] == several[1]["colour"]
+    many = visualize.load_runs(runs + runs * 3)
+    assert visualize.accuracy(many).axes and visualize.gradients(many[:10]).size[0] > 1000
+
+
+def test_pictures_of_what_is_not_there_end_in_one_line(runs, tmp_path, capsys, monkeypatch):
+    (runs[0] / "metrics.jsonl").unlink()
+    shutil.rmtree(runs[0] / "gradients")
+    (tmp_path / "empty").mkdir()
+    for flags, words in [
+        (["accuracy", tmp_path / "none"], "no checkpoint at"), (["accuracy", tmp_path / "empty"], "no checkpoint at"),
+        (["accuracy", runs[0]], "no clean_accuracy"), (["epochs", runs[0]], "gradients is empty"),
+        (["portrait", runs[0]], "portrait"), (["all", tmp_path / "empty"], "no runs in"),
+        (["gradients", runs[1], "--output", "/dev/null/x.png"], "/dev/null"),
+    ]:
+        assert words in fails(capsys, *flags, script=visualize)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install matplotlib" in fails(capsys, "accuracy", runs[1], script=visualize)
+    run("gradients", *runs, script=visualize)  # needs none
+    assert (tmp_path / "runs/gradients.png").exists()

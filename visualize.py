@@ -1,0 +1,343 @@
+"""The pictures of the paper, one command and one PNG each, from the runs of train.py and the results of evaluate.py.
+
+    python visualize.py gradients runs/natural runs/gradnorm runs/adversarial    # ∇x L of the same images, side by side
+    python visualize.py epochs    runs/natural runs/gradnorm runs/adversarial    # ∇x L and its norm against the epoch
+    python visualize.py accuracy  runs/natural runs/gradnorm runs/adversarial    # clean and PGD-10 against the epoch
+    python visualize.py sweep     runs/natural runs/gradnorm runs/adversarial    # PGD against ε, of evaluate.py --sweep
+    python visualize.py cost      runs/natural runs/gradnorm runs/adversarial    # robustness against training time
+    python visualize.py all       runs/                                          # all that the folder's runs allow
+
+A picture goes where --output says, else into the folder that holds the first run. Curves need matplotlib.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.utils import make_grid
+
+import train
+from gradnorm import input_gradient
+
+# A method has the same colour in every picture; these can be told apart by colour-blind readers (Okabe, Ito, 2008).
+COLOURS = {"natural": "#0072B2", "gradnorm": "#D55E00", "adversarial": "#009E73"}
+NAMES = {"natural": "natural", "gradnorm": "GradNorm", "adversarial": "adversarial"}
+
+
+class CannotDraw(Exception):
+    """A picture whose data are not there; says what is missing and how to get it."""
+
+
+# The pictures. Each takes runs, as load_run reads them, and returns a PIL image or a matplotlib figure.
+
+
+def gradients(runs, count=6):
+    """Rows: held-out images of different classes that all models classify rightly. Columns: the image, and ∇x L of each
+    model with its L1 norm."""
+    models = [load_model(run) for run in runs]
+    config = runs[0]["config"]
+    for run in runs:
+        if (run["config"]["dataset"], run["config"]["classes"]) != (config["dataset"], config["classes"]):
+            raise CannotDraw(f"{run['path']} and {runs[0]['path']} were trained on different data")
+    test_set = train.load_dataset(argparse.Namespace(**config), train=False)
+    images, labels = train.held_out(test_set, min(200, len(test_set)))
+    x = images.float() / 255
+    with torch.no_grad():
+        right = torch.stack([model(x).argmax(1) == labels for model in models]).all(0)
+    chosen = right.nonzero()[:count, 0]  # held_out lets the classes take turns
+    if not len(chosen):
+        raise CannotDraw("no image is classified rightly by all models: train them longer")
+    x, labels = x[chosen], labels[chosen]
+    columns, captions = [x], [[config["classes"][label] for label in labels]]
+    for model in models:
+        gradient = input_gradient(model, x, labels)
+        columns.append(gradient_tiles(gradient))
+        captions.append([f"L1 norm {norm:.2g}" for norm in gradient.abs().sum((1, 2, 3)).tolist()])
+    return captioned_grid(columns, ["image"] + [run["label"] for run in runs], captions)
+
+
+def gradient_tiles(gradient, quantile=0.99):
+    """0.5 + 0.5 · g / q, clipped to [0, 1], with q a high quantile of |g| of each image by itself: zero is grey."""
+    q = gradient.abs().flatten(1).quantile(quantile, dim=1).clamp(min=torch.finfo(gradient.dtype).tiny)
+    return (0.5 + 0.5 * gradient / q[:, None, None, None]).clamp(0, 1)
+
+
+def captioned_grid(columns, titles, captions, tile=150, gap=10):
+    """Columns of images (N, C, H, W) in [0, 1], each with a title above and a caption under every image."""
+    scale = max(1, round(tile / columns[0].shape[-1]))
+    columns = [F.interpolate(column, scale_factor=scale, mode="nearest") for column in columns]
+    height, width = columns[0].shape[-2:]
+    font, small = ImageFont.load_default(20), ImageFont.load_default(17)
+    caption, header = 26, 34
+    # The frame that make_grid leaves between the tiles holds the captions.
+    tiles = [F.pad(image.expand(3, -1, -1), (gap, gap, 0, caption + gap), value=1.0)
+             for row in zip(*columns) for image in row]
+    picture = to_pil_image(F.pad(make_grid(tiles, nrow=len(columns), padding=0), (0, 0, header, 0), value=1.0))
+    draw = ImageDraw.Draw(picture)
+    for i, title in enumerate(titles):
+        centre = i * (width + 2 * gap) + gap + width / 2
+        draw.text((centre, header / 2), title, fill="black", font=font, anchor="mm")
+        for j, text in enumerate(captions[i]):
+            below = header + j * (height + caption + gap) + height + caption / 2
+            draw.text((centre, below), text, fill="black", font=small, anchor="mm")
+    return picture
+
+
+def epochs(runs, columns=10):
+    """Strips of the same images' ∇x L after some of the epochs; under them, mean ‖∇x L‖₁ of the held-out images."""
+    plt = matplotlib()
+    strips = []
+    for run in runs:
+        files = sorted((run["path"] / "gradients").glob("*.pt"))
+        if not files:
+            raise CannotDraw(f"{run['path']}/gradients is empty: train.py writes a file into it after each epoch")
+        files = [files[round(i)] for i in torch.linspace(0, len(files) - 1, min(columns, len(files))).tolist()]
+        kept = [torch.load(file, weights_only=True) for file in files]
+        tiles = torch.stack([gradient_tiles(each["gradients"].float()[:2]) for each in kept], dim=1)
+        strips.append((make_grid(tiles.flatten(0, 1), nrow=len(files), padding=1, pad_value=1.0),
+                       [int(file.stem) for file in files]))
+    rows = [strip.shape[1] / strip.shape[2] for strip, _ in strips]
+    width = 8.0
+    figure = plt.figure(figsize=(width, width * sum(rows) + 0.5 * len(runs) + 3.4), layout="constrained")
+    axes = figure.subplots(len(runs) + 1, 1, height_ratios=[*(width * row for row in rows), 3.0])
+    for (strip, shown), run, ax in zip(strips, runs, axes):
+        ax.imshow(strip.permute(1, 2, 0).numpy(), interpolation="nearest")
+        size = strip.shape[2] / len(shown)
+        ax.set_xticks([(i + 0.5) * size for i in range(len(shown))], [str(epoch) for epoch in shown])
+        ax.set_yticks([])
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+        ax.set_title(f"∇x L, {run['label']}", color=run["colour"], loc="left")
+    for run in runs:
+        plot(axes[-1], run, *column(run, "gradient_norm"))
+    axes[-1].set_yscale("log")
+    axes[-1].yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+    axes[-1].yaxis.set_major_formatter("{x:g}")
+    axes[-1].yaxis.set_minor_locator(plt.NullLocator())
+    axes[-1].set(xlabel="epoch", ylabel="mean ‖∇x L‖₁ (pixels in [0, 1])")
+    axes[-1].grid(color="0.9")
+    axes[-1].legend()
+    return figure
+
+
+def accuracy(runs):
+    """Clean (solid) and PGD-10 accuracy (dashed) of the held-out images against the epoch."""
+    figure, ax = curves()
+    for run in runs:
+        plot(ax, run, *column(run, "clean_accuracy"))
+        plot(ax, run, *column(run, "pgd10_accuracy"), linestyle="--", label="_")
+    ax.plot([], [], color="black", label="clean")
+    ax.plot([], [], color="black", linestyle="--",
+            label="PGD-10\nε = " + " and ".join(sorted({fraction(run) for run in runs})))
+    ax.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(-2, 102))
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+def sweep(runs):
+    """Accuracy under attack against ε, from the results of evaluate.py --sweep; the training ε is marked."""
+    figure, ax = curves()
+    attacks = set()
+    for run in runs:
+        result = best_result(run, "*-sweep-*.json")
+        if result is None:
+            raise CannotDraw(f"{run['path']} has no sweep: python evaluate.py {run['path']}/checkpoint.pt --sweep 32 "
+                             "--steps 100")
+        plot(ax, run, [255 * eps for eps in result["radii"]], result["robust_accuracy"])
+        attacks.add(attack_name(result))
+    for i, eps in enumerate(sorted({run["config"]["eps"] for run in runs})):
+        ax.axvline(255 * eps, color="0.4", linewidth=1.5, linestyle=":", label="_" if i else "training ε")
+    ax.set(xlabel="ε (1/255)", ylabel=f"{' and '.join(sorted(attacks))} accuracy (%)", ylim=(-2, 102))
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+def cost(runs):
+    """Robust accuracy at the training ε against the time of training, a point a run: AutoAttack's where all runs have
+    it, else PGD's."""
+    figure, ax = curves()
+    eps = runs[0]["config"]["eps"]
+    results = [best_result(run, "autoattack-*.json", eps) for run in runs]
+    if None in results:
+        results = [best_result(run, "pgd*.json", eps) for run in runs]
+    times = []
+    for run, result in zip(runs, results):
+        if result is None:
+            raise CannotDraw(f"{run['path']} has no result at ε = {fraction(runs[0])}: python evaluate.py "
+                             f"{run['path']}/checkpoint.pt --eps {fraction(runs[0])}")
+        times.append(1e3 / statistics.median(column(run, "images_per_second")[1]))
+        robust = result["robust_accuracy"][result["radii"].index(eps)]
+        plot(ax, run, times[-1:], [robust], markersize=9, linestyle="none")
+        ax.annotate(run["label"], (times[-1], robust), xytext=(9, 7), textcoords="offset points", color=run["colour"])
+    ax.set(xlabel="training time (ms per image)", xlim=(0, 1.3 * max(times)), ylim=(-2, 102),
+           ylabel=f"{' and '.join(sorted(set(map(attack_name, results))))} accuracy (%), ε = {fraction(runs[0])}")
+    adversarial = [time for run, time in zip(runs, times) if run["method"] == "adversarial"]
+    if adversarial:
+        percent = adversarial[0] / 100
+        top = ax.secondary_xaxis("top", functions=(lambda time: time / percent, lambda share: share * percent))
+        top.set_xlabel("of adversarial training's time (%)")
+    return figure
+
+
+PICTURES = {"gradients": gradients, "epochs": epochs, "accuracy": accuracy, "sweep": sweep, "cost": cost}
+
+
+# What they are made of
+
+
+def matplotlib():
+    try:
+        import matplotlib
+    except ImportError:
+        raise CannotDraw("curves need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")  # no screen
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False,
+                         "legend.frameon": False})
+    return plt
+
+
+def curves():
+    figure, ax = matplotlib().subplots(figsize=(8, 4.5), layout="constrained")
+    ax.grid(color="0.9")
+    return figure, ax
+
+
+def plot(ax, run, x, y, **style):
+    ax.plot(x, y, **{"color": run["colour"], "label": run["label"], "linewidth": 2, "marker": run["marker"],
+                     "markersize": 5, "markevery": max(1, len(x) // 10)} | style)
+
+
+def column(run, name):
+    """Epochs, and the values of that name in metrics.jsonl."""
+    lines = [line for line in run["metrics"] if isinstance(line.get(name), (int, float))]
+    if not lines:
+        raise CannotDraw(f"{run['path']}/metrics.jsonl has no {name}: train.py writes it after each epoch")
+    return [line["epoch"] for line in lines], [line[name] for line in lines]
+
+
+def best_result(run, pattern, eps=None):
+    """Of the results whose file fits the pattern and that have ε, the one of most images and steps, or None."""
+    return max((result for result in run["results"]
+                if fnmatch(result["file"], pattern) and (eps is None or eps in result["radii"])),
+               key=lambda result: (result["num_images"], result["steps"]), default=None)
+
+
+def attack_name(result):
+    return "AutoAttack" if result["attack"] == "autoattack" else f"PGD-{result['steps']}"
+
+
+def fraction(run):
+    return f"{255 * run['config']['eps']:.3g}/255"
+
+
+def load_run(path):
+    """A run's folder: its configuration, its metrics (a dict an epoch), its results of evaluate.py, how it is drawn."""
+    path = path.parent if path.is_file() else path
+    try:
+        config = train.read_checkpoint(path / "checkpoint.pt")["config"]
+    except ValueError as error:
+        raise CannotDraw(error) from None
+    metrics, file = [], path / "metrics.jsonl"
+    for number, text in enumerate(file.read_bytes().splitlines() if file.exists() else [], 1):
+        try:
+            line = json.loads(text)
+            line["epoch"] + 0
+            metrics.append(line)
+        except (ValueError, TypeError, KeyError):
+            warn(f"{file}, line {number}, is not one of train.py's: skipped")
+    results = []
+    for file in sorted(path.glob("*.json")):
+        try:
+            result = json.loads(file.read_bytes()) | {"file": file.name}
+            result["num_images"], result["steps"], zip(result["radii"], result["robust_accuracy"])
+            results.append(result)
+        except (ValueError, TypeError, KeyError):
+            warn(f"{file} is not a result of evaluate.py: skipped")
+    method = config["method"]
+    return {"path": path, "config": config, "metrics": metrics, "results": results, "method": method,
+            "colour": COLOURS[method], "label": NAMES[method], "marker": "o"}
+
+
+def load_runs(paths):
+    """All runs; those that share a method are told apart by the names of their folders and by markers."""
+    runs = [load_run(path) for path in paths]
+    for method in COLOURS:
+        same = [run for run in runs if run["method"] == method]
+        for run, marker in zip(same if len(same) > 1 else [], "osD^vPX*" * len(same)):
+            run |= {"label": run["path"].name, "marker": marker}
+    return runs
+
+
+def load_model(run):
+    return train.load_checkpoint(run["path"] / "checkpoint.pt")[0]
+
+
+def save(picture, path):
+    with train.replace(path) as file:
+        if isinstance(picture, Image.Image):
+            picture.save(file, "PNG")
+        else:
+            picture.savefig(file, dpi=150, format="png")
+            matplotlib().close(picture)
+    print(path)
+
+
+def warn(message):
+    print(f"{Path(sys.argv[0]).name}: warning: {message}", file=sys.stderr)
+
+
+# Command line
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw the pictures of the paper from finished or unfinished runs.",
+                                     allow_abbrev=False)
+    parser.error = train.fail
+    parser.add_argument("picture", choices=[*PICTURES, "all"], help="all makes each of them that it has the data for")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
+                        help="folders of train.py, or their checkpoints; for all, folders that hold such folders")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="PNG to write; for all, the folder to write into")
+    args = parser.parse_args()
+    if args.picture == "all":
+        draw_all(args)
+        return
+    output = args.output or args.runs[0].resolve().parent / f"{args.picture}.png"
+    try:
+        picture = PICTURES[args.picture](load_runs(args.runs))
+        train.make_writable(output.parent, "choose another place by --output")
+        save(picture, output)
+    except CannotDraw as error:
+        train.fail(error)
+
+
+def draw_all(args):
+    """All pictures of each folder that holds runs, of all its runs together."""
+    runs = sorted({path.parent for folder in args.runs for path in folder.rglob("checkpoint.pt")})
+    if not runs:
+        train.fail(f"no runs in {', '.join(map(str, args.runs))}: train.py makes them")
+    for folder in sorted({run.parent for run in runs}):
+        try:
+            loaded = load_runs([run for run in runs if run.parent == folder])
+            loaded.sort(key=lambda run: list(COLOURS).index(run["method"]))
+        except CannotDraw as error:
+            warn(f"nothing of {folder}: {error}")
+            continue
+        output = args.output or folder
+        train.make_writable(output, "choose another place by --output")
+        for name, draw in PICTURES.items():
+            try:
+                save(draw(loaded), output / f"{name}.png")
+            except CannotDraw as error:
+                warn(f"no {output / name}.png: {error}")
+
+
+if __name__ == "__main__":
+    main()
