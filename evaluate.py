@@ -129,7 +129,8 @@ def fab(model, x, y, *, eps, target, steps=100, alpha_max=0.1, eta=1.05, beta=0.
         _, gap, normal = ascent(model, difference, batch_size, s.x, s.y, s.target)
         # The boundary, linearised at s.x, is normal · (p - s.x) + gap = 0. Both points are projected onto it.
         gap_original = gap - (normal * (s.x - s.original)).flatten(1).sum(1)
-        d, d_original = project(s.x, normal, -gap), project(s.original, normal, -gap_original)
+        d, d_original = project(torch.cat([s.x, s.original]), torch.cat([normal, normal]),
+                                -torch.cat([gap, gap_original])).chunk(2)
         size, size_original = (v.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-8) for v in (d, d_original))
         alpha = (size / (size + size_original)).clamp(max=alpha_max)
         s.x = ((1 - alpha) * (s.x + eta * d) + alpha * (s.original + eta * d_original)).clamp(0, 1)
@@ -203,16 +204,16 @@ def square(model, x, y, *, eps, seeds, queries=5000, p=0.8, batch_size=256):
                   (left[:, None] + offset)[:, None, None, :])
         new = torch.where(up, s.highest[window], s.lowest[window])
         # A query that changes nothing, or that was refused since the last change, has a known answer.
-        signs = (up.flatten(1) * 2 ** channel.flatten()).sum(1)
-        ask = (new != s.x[window]).flatten(1).any(1) & ~s.refused[image, top, left, signs]
-        proposal, proposed = s.x.clone(), torch.full_like(s.margin, math.inf)
-        proposal[window] = new
-        if ask.any():
-            proposed[ask] = margin(predict(model, proposal[ask], batch_size), s.y[ask])
-        s.refused[image, top, left, signs] = True
-        lower = proposed < s.margin
-        if lower.any():
-            s.x[lower], s.margin[lower], s.refused[lower] = proposal[lower], proposed[lower], False
+        key = image, top, left, (up.flatten(1) * 2 ** channel.flatten()).sum(1)
+        rows = ((new != s.x[window]).flatten(1).any(1) & ~s.refused[key]).nonzero()[:, 0]
+        s.refused[key] = True
+        if len(rows):
+            proposal = s.x[rows]
+            proposal[window[0][:len(rows)], channel, window[2][rows], window[3][rows]] = new[rows]
+            proposed = margin(predict(model, proposal, batch_size), s.y[rows])
+            lower = proposed < s.margin[rows]
+            rows = rows[lower]
+            s.x[rows], s.margin[rows], s.refused[rows] = proposal[lower], proposed[lower], False
     return found
 
 

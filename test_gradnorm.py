@@ -1177,6 +1177,17 @@ def test_autoattack_is_at_most_pgd_at_most_clean_and_all_fall_with_eps():
         assert (alone <= (together["radius"] <= eps)).all()
 
 
+def test_turns_are_those_of_standard_autoattack():
+    model, x, y = linear_task(classes=12)
+    state = evaluate.begin(model, x, y)
+    assert torch.equal(state["targets"], model(x).sort(dim=1, descending=True).indices[:, 1:10])
+    nine = range(9)
+    assert evaluate.standard_turns([0.2, 0, 0.1], state) == [
+        ("APGD-CE", 0.1, 0), ("APGD-CE", 0.2, 0),
+        *(("APGD-T", 0.1, i) for i in nine), *(("APGD-T", 0.2, i) for i in nine), *(("FAB-T", 0.1, i) for i in nine),
+        ("Square", 0.1, 0), ("Square", 0.2, 0)]
+
+
 def test_an_images_verdict_does_not_depend_on_its_batch():
     model, x, y = task()
     turns = [("PGD", 0.02, 3), ("APGD-CE", 0.02, 0), ("APGD-T", 0.02, 1), ("FAB-T", 0.02, 0), ("Square", 0.01, 0)]
@@ -1397,6 +1408,10 @@ def runs(gallery, tmp_path):
     return [tmp_path / "runs" / method for method in ("natural", "gradnorm", "adversarial")]
 
 
+def drawable(paths):
+    return visualize.told_apart([visualize.load_run(path) for path in paths])
+
+
 def curves(figure):
     """label -> (x, y) of each line, as it is drawn."""
     return {(line.get_label(), line.get_linestyle(), line.get_color()): (line.get_xdata(), line.get_ydata())
@@ -1404,7 +1419,7 @@ def curves(figure):
 
 
 def test_gradient_tiles_hold_the_input_gradient(runs):
-    loaded = visualize.load_runs(runs)
+    loaded = drawable(runs)
     picture = visualize.gradients(loaded, count=3)
     scale = round(150 / 16)
     side, gap, caption, header = 16 * scale, 10, 26, 34
@@ -1435,7 +1450,7 @@ def test_grey_tiles_and_a_gradient_of_zero():
 
 
 def test_curves_hold_the_numbers_of_the_runs(runs):
-    loaded = visualize.load_runs(runs)
+    loaded = drawable(runs)
     for picture, names in ((visualize.accuracy, ("clean_accuracy", "pgd10_accuracy")),
                            (visualize.epochs, ("gradient_norm",))):
         drawn = curves(picture(loaded))
@@ -1459,7 +1474,7 @@ def test_curves_hold_the_numbers_of_the_runs(runs):
 
 
 def test_strips_are_the_kept_gradients(runs):
-    figure = visualize.epochs(visualize.load_runs(runs[:1]))
+    figure = visualize.epochs(drawable(runs[:1]))
     strip = torch.from_numpy(figure.axes[0].get_images()[0].get_array().data)
     for i, epoch in enumerate((1, 2, 3)):
         kept = torch.load(runs[0] / f"gradients/{epoch:04d}.pt", weights_only=True)["gradients"].float()
@@ -1476,20 +1491,22 @@ def test_all_draws_what_it_can_and_says_what_it_cannot(runs, tmp_path, capsys):
         assert f"{name}.png" in output
     assert errors == ""
     (runs[0] / "pgd2-sweep-12.json").write_text("{")
+    (tmp_path / "runs/damaged").mkdir()
+    (tmp_path / "runs/damaged/checkpoint.pt").write_bytes(b"half a file")
     with open(runs[1] / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 4, "loss"\n')
     run("all", tmp_path, "--output", tmp_path / "pictures", script=visualize)
     errors = capsys.readouterr().err.splitlines()
-    assert len(list((tmp_path / "pictures").iterdir())) == 4 and len(errors) == 3
-    assert "metrics.jsonl, line 4" in errors[0] and "pgd2-sweep-12.json is not" in errors[1]
-    assert "no " in errors[2] and "--sweep 32" in errors[2]
+    assert len(list((tmp_path / "pictures").iterdir())) == 4 and len(errors) == 4
+    assert "left out" in errors[0] and "damaged" in errors[0] and "metrics.jsonl, line 4" in errors[1]
+    assert "pgd2-sweep-12.json is not" in errors[2] and "no " in errors[3] and "--sweep 32" in errors[3]
 
 
 def test_runs_of_one_method_are_told_apart(runs):
-    several = visualize.load_runs([runs[1], runs[1], runs[0]])
+    several = drawable([runs[1], runs[1], runs[0]])
     assert several[0]["label"] == "gradnorm" and several[2]["label"] == "natural"
     assert several[0]["marker"] != several[1]["marker"] and several[0]["colour"] == several[1]["colour"]
-    many = visualize.load_runs(runs + runs * 3)
+    many = drawable(runs + runs * 3)
     assert visualize.accuracy(many).axes and visualize.gradients(many[:10]).size[0] > 1000
 
 

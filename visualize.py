@@ -41,7 +41,7 @@ class CannotDraw(Exception):
 def gradients(runs, count=6):
     """Rows: held-out images of different classes that all models classify rightly. Columns: the image, and ∇x L of each
     model with its L1 norm."""
-    models = [load_model(run) for run in runs]
+    models = [train.load_checkpoint(run["path"] / "checkpoint.pt")[0] for run in runs]
     config = runs[0]["config"]
     for run in runs:
         if (run["config"]["dataset"], run["config"]["classes"]) != (config["dataset"], config["classes"]):
@@ -76,7 +76,7 @@ def captioned_grid(columns, titles, captions, tile=150, gap=10):
     height, width = columns[0].shape[-2:]
     font, small = ImageFont.load_default(20), ImageFont.load_default(17)
     caption, header = 26, 34
-    # The frame that make_grid leaves between the tiles holds the captions.
+    # A white frame around each tile leaves room for its caption.
     tiles = [F.pad(image.expand(3, -1, -1), (gap, gap, 0, caption + gap), value=1.0)
              for row in zip(*columns) for image in row]
     picture = to_pil_image(F.pad(make_grid(tiles, nrow=len(columns), padding=0), (0, 0, header, 0), value=1.0))
@@ -266,18 +266,13 @@ def load_run(path):
             "colour": COLOURS[method], "label": NAMES[method], "marker": "o"}
 
 
-def load_runs(paths):
-    """All runs; those that share a method are told apart by the names of their folders and by markers."""
-    runs = [load_run(path) for path in paths]
+def told_apart(runs):
+    """Runs of one method get markers and the names of their folders."""
     for method in COLOURS:
         same = [run for run in runs if run["method"] == method]
         for run, marker in zip(same if len(same) > 1 else [], "osD^vPX*" * len(same)):
             run |= {"label": run["path"].name, "marker": marker}
     return runs
-
-
-def load_model(run):
-    return train.load_checkpoint(run["path"] / "checkpoint.pt")[0]
 
 
 def save(picture, path):
@@ -309,32 +304,32 @@ def main():
     if args.picture == "all":
         draw_all(args)
         return
-    output = args.output or args.runs[0].resolve().parent / f"{args.picture}.png"
     try:
-        picture = PICTURES[args.picture](load_runs(args.runs))
+        runs = told_apart([load_run(path) for path in args.runs])
+        output = args.output or runs[0]["path"].resolve().parent / f"{args.picture}.png"
         train.make_writable(output.parent, "choose another place by --output")
-        save(picture, output)
+        save(PICTURES[args.picture](runs), output)
     except CannotDraw as error:
         train.fail(error)
 
 
 def draw_all(args):
     """All pictures of each folder that holds runs, of all its runs together."""
-    runs = sorted({path.parent for folder in args.runs for path in folder.rglob("checkpoint.pt")})
-    if not runs:
-        train.fail(f"no runs in {', '.join(map(str, args.runs))}: train.py makes them")
-    for folder in sorted({run.parent for run in runs}):
+    folders = {}
+    for path in sorted({path.parent for folder in args.runs for path in folder.rglob("checkpoint.pt")}):
         try:
-            loaded = load_runs([run for run in runs if run.parent == folder])
-            loaded.sort(key=lambda run: list(COLOURS).index(run["method"]))
+            folders.setdefault(path.parent, []).append(load_run(path))
         except CannotDraw as error:
-            warn(f"nothing of {folder}: {error}")
-            continue
+            warn(f"left out: {error}")
+    if not folders:
+        train.fail(f"no runs in {', '.join(map(str, args.runs))}: train.py makes them")
+    for folder, runs in folders.items():
+        runs = told_apart(sorted(runs, key=lambda run: list(COLOURS).index(run["method"])))
         output = args.output or folder
         train.make_writable(output, "choose another place by --output")
         for name, draw in PICTURES.items():
             try:
-                save(draw(loaded), output / f"{name}.png")
+                save(draw(runs), output / f"{name}.png")
             except CannotDraw as error:
                 warn(f"no {output / name}.png: {error}")
 
