@@ -5,6 +5,7 @@ breaks in practice in train.py, evaluate.py and visualize.py.
 """
 
 import argparse
+import functools
 import gzip
 import itertools
 import json
@@ -981,19 +982,29 @@ def test_apgd_halves_its_step_after_the_published_checkpoints():
     assert evaluate.apgd_checkpoints(1) == [1] and evaluate.apgd_checkpoints(10)[0] == 2
 
 
+class Steadfast(nn.Module):
+    """Six bounded, crooked logits of 3x8x8 pixels, of which the first always wins: no attack on class 0 ever ends."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = smooth_model(6)
+
+    def forward(self, x):
+        return 2 * torch.tanh(20 * self.model(5 * x)) + 5 * F.one_hot(torch.tensor(0), 6)
+
+
 @pytest.mark.parametrize("targeted", [False, True])
 def test_apgd_is_algorithm_1_of_its_paper(targeted):
     """Its iterates, one image at a time, against the algorithm as it is printed, in the notation of the paper."""
-    model, (x, _) = smooth_model(6), batch(100)
-    x = x[model(x).topk(2).values.diff().flatten().argsort()[:4]]  # the safest four
-    y, target = model(x).argmax(1), model(x).argsort(dim=1)[:, 2] if targeted else None
-    eps, seen = 2e-3, []
+    model, (x, _) = Steadfast(), batch(8)
+    y, target = torch.zeros(8, dtype=torch.long), torch.arange(8) % 5 + 1 if targeted else None
+    eps, seen = 0.2, []
     hook = model.register_forward_hook(lambda model, inputs, output: seen.append(inputs[0].detach()))
-    evaluate.apgd(model, x, y, eps=eps, seeds=torch.arange(4), target=target)
+    evaluate.apgd(model, x, y, eps=eps, seeds=torch.arange(8), target=target)
     hook.remove()
-    assert len(seen) == 101 and all(len(images) == 4 for images in seen)  # nobody fell
-    halvings = 0
-    for i in range(4):
+    assert len(seen) == 101 and all(len(images) == 8 for images in seen)
+    halvings, second, returns = 0, 0, 0
+    for i in range(8):
         def f(image):
             z = model(image[None])
             if not targeted:
@@ -1023,13 +1034,14 @@ def test_apgd_is_algorithm_1_of_its_paper(targeted):
             if k + 1 in w:
                 j = w.index(k + 1)
                 grown = sum(losses[m + 1] > losses[m] for m in range(w[j - 1], w[j]))
-                halved = grown <= 0.75 * (w[j] - w[j - 1]) or (not halved and f_max_at_last == f_max)
-                f_max_at_last = f_max
+                one, two = grown <= 0.75 * (w[j] - w[j - 1]), not halved and f_max_at_last == f_max
+                halved, f_max_at_last = one or two, f_max
                 if halved:
-                    step, current, halvings = step / 2, x_max, halvings + 1
+                    halvings, second, returns = halvings + 1, second + (not one), returns + (current is not x_max)
+                    step, current = step / 2, x_max
         for k, image in enumerate(xs):
             torch.testing.assert_close(seen[k][i], image, rtol=0, atol=1e-9)
-    assert halvings > 8
+    assert halvings > 8 and returns > 8, (halvings, second, returns)
 
 
 def test_targeted_dlr_is_invariant_to_scale_and_shift():
@@ -1087,6 +1099,16 @@ def test_fab_finds_the_distance_to_the_boundary():
     assert radius[~reachable].isinf().all()
 
 
+def test_fab_returns_the_closest_that_it_met(monkeypatch):
+    model, x, y = task()
+    predict, seen = evaluate.predict, []
+    monkeypatch.setattr(evaluate, "predict", lambda model, x, size: (seen.append(x), predict(model, x, size))[1])
+    found = evaluate.fab(model, x, y, eps=0, target=model(x).argsort(dim=1)[:, -2])
+    radii = torch.stack([evaluate.proved_radius(model, x, y, images) for images in list(seen)])
+    torch.testing.assert_close(evaluate.proved_radius(model, x, y, found), radii.amin(0))
+    assert (radii[-1] > 1.001 * radii.amin(0)).any()  # which is not the last
+
+
 def test_square_keeps_only_what_lowers_the_margin():
     """Every query that it makes of one image is the best image so far but for one square of the published side, each
     channel of it at a wall of the ball; and none is made twice."""
@@ -1118,6 +1140,23 @@ def test_square_keeps_only_what_lowers_the_margin():
     assert accepted > 5 and 50 < len(seen) < 600
     assert torch.equal(found, x) or torch.equal(found[0], best)
 
+    # The same random numbers, asked one by one, all of them.
+    numbers = evaluate.uniform(torch.tensor([4]), (3 * 8 + 600 * 5,))[0]
+    naive = torch.where(numbers[:24].view(3, 1, 8) < 0.5, highest[0], lowest[0])
+    for query, (row, column, *signs) in enumerate(numbers[24:].view(600, 5)):
+        if margin(naive) < 0:
+            break
+        halvings = sum(query > k for k in (10, 50, 200, 500))
+        side = max(round((0.8 / 2**halvings * 64) ** 0.5), 1)
+        top, left = int(row * (9 - side)), int(column * (9 - side))
+        proposal = naive.clone()
+        for channel, sign in enumerate(signs):
+            area = (channel, slice(top, top + side), slice(left, left + side))
+            proposal[area] = (highest if sign < 0.5 else lowest)[0][area]
+        if margin(proposal) < margin(naive):
+            naive = proposal
+    assert torch.equal(naive, best)
+
 
 def test_squares_shrink_as_published():
     model, sizes = smooth_model(3), []
@@ -1136,6 +1175,14 @@ def test_squares_shrink_as_published():
         evaluate.predict = original
     last = sizes[-50:]
     assert all((a != b).any(1).sum() <= 2 for a, b in zip(last, last[1:]))  # side 1: one pixel back, one forth
+
+
+def test_pgd_starts_at_random_in_the_ball():
+    model, x, y = task()
+    noise = evaluate.pgd(model, x, y, eps=0.1, seeds=torch.arange(len(x)), steps=0) - x
+    free = noise[(x > 0.1) & (x < 0.9)]
+    assert free.abs().max() <= 0.1 and free.abs().mean().item() == pytest.approx(0.05, rel=0.05)
+    assert abs(free.mean()) < 0.005 and len(noise.flatten(1)[:, 0].unique()) == len(x)
 
 
 def test_ball_is_exact():
@@ -1188,14 +1235,17 @@ def test_turns_are_those_of_standard_autoattack():
         ("Square", 0.1, 0), ("Square", 0.2, 0)]
 
 
-def test_an_images_verdict_does_not_depend_on_its_batch():
+def test_an_images_verdict_does_not_depend_on_its_batch(monkeypatch):
     model, x, y = task()
-    turns = [("PGD", 0.02, 3), ("APGD-CE", 0.02, 0), ("APGD-T", 0.02, 1), ("FAB-T", 0.02, 0), ("Square", 0.01, 0)]
-    whole = evaluated(lambda state: turns, model, x, y)
-    some = evaluated(lambda state: turns, model, x[:7], y[:7], batch_size=3)
-    assert 0 < whole["radius"][:7].isfinite().sum()
-    torch.testing.assert_close(some["radius"], whole["radius"][:7])
-    torch.testing.assert_close(some["images"], whole["images"][:7])
+    monkeypatch.setitem(evaluate.ATTACKS, "Square", functools.partial(evaluate.square, queries=50))
+    for turns in ([("PGD", 0.02, 3)], [("APGD-CE", 0.02, 0)],
+                  [("APGD-T", 0.02, 1), ("FAB-T", 0.01, 0), ("Square", 0.01, 0)]):
+        whole = evaluated(lambda state: turns, model, x, y)
+        some = evaluated(lambda state: turns, model, x[:20], y[:20], batch_size=1)
+        assert 0 < whole["radius"][:20].isfinite().sum()
+        torch.testing.assert_close(some["radius"], whole["radius"][:20])
+        torch.testing.assert_close(some["images"], whole["images"][:20])
+        torch.testing.assert_close(evaluate.proved_radius(model, x, y, whole["images"]), whole["radius"])
 
 
 def test_only_what_is_proved_counts(monkeypatch):
@@ -1281,12 +1331,16 @@ def test_evaluate_prints_a_table_and_writes_json(checkpoint, tmp_path, capsys):
     assert torch.equal(distance[wrong], found["radius"][wrong]) and 100 * (~wrong).double().mean() == all_of_it
 
 
-def test_a_sweep_has_a_row_an_eps_and_never_rises(checkpoint, capsys):
+def test_a_sweep_has_a_row_an_eps_and_never_rises(checkpoint, capsys, monkeypatch):
+    take_turn, turns = evaluate.take_turn, []
+    monkeypatch.setattr(evaluate, "take_turn", lambda turn, *args, **kwargs: (
+        turns.append(turn), take_turn(turn, *args, **kwargs)))
     run(checkpoint, "--sweep", "64", "--steps", "5", "--restarts", "2", "--num-images", "12", "--device", "cpu",
         script=evaluate)
     lines = capsys.readouterr().out.splitlines()
     written = result(checkpoint.parent, "pgd5x2-sweep-12.json")
     robust = written["robust_accuracy"]
+    assert turns == [("PGD", k / 255, restart) for k in range(1, 65) for restart in (0, 1)]
     assert len(lines) == 2 + 1 + 65 and len(robust) == 65 and written["radii"][32] == 32 / 255
     assert robust[0] == written["clean_accuracy"] > robust[64] and robust == sorted(robust, reverse=True)
 
