@@ -546,7 +546,7 @@ def print_table(states, args):
 def parse_args():
     count = train.number(int, 1)
     parser = argparse.ArgumentParser(
-        description="Clean, PGD or AutoAttack accuracy (%%) of checkpoints on held-out images, as a Markdown table; "
+        description="Clean, PGD or AutoAttack accuracy (%) of checkpoints on held-out images, as a Markdown table; "
                     "beside each checkpoint, as JSON.",
         allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = train.fail

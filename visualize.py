@@ -293,8 +293,8 @@ def warn(message):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw the pictures of the paper from finished or unfinished runs.",
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = train.fail
     parser.add_argument("picture", choices=[*PICTURES, "all"], help="all makes each of them that it has the data for")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
