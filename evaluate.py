@@ -434,8 +434,10 @@ def evaluate_checkpoint(path, model, x, y, state, args):
     warn(path, state["warnings"])
     passes = {"PGD": args.steps + 1, "APGD-CE": 102, "APGD-T": 102, "FAB-T": 201, "Square": 5002}
     with tqdm(desc=str(path), unit=" images", unit_scale=True, leave=False, disable=True if RANK else None) as bar:
-        # The bar counts images that go through the model.
-        hook = model.register_forward_hook(lambda model, inputs, output: bar.update(len(inputs[0])))
+        def count(model, inputs, output):  # returns None: anything else would take the place of the output
+            bar.update(len(inputs[0]))
+
+        hook = model.register_forward_hook(count)
         for turn in turns[state["done"]:]:
             name, eps, _ = turn
             bar.total = bar.n + sum(passes[name] * (state["radius"] > eps).sum().item() // WORLD_SIZE

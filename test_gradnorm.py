@@ -28,6 +28,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import to_pil_image
+from tqdm import tqdm
 
 import evaluate
 import train
@@ -1343,6 +1344,16 @@ def test_a_sweep_has_a_row_an_eps_and_never_rises(checkpoint, capsys, monkeypatc
     assert turns == [("PGD", k / 255, restart) for k in range(1, 65) for restart in (0, 1)]
     assert len(lines) == 2 + 1 + 65 and len(robust) == 65 and written["radii"][32] == 32 / 255
     assert robust[0] == written["clean_accuracy"] > robust[64] and robust == sorted(robust, reverse=True)
+
+
+def test_progress_is_shown_and_changes_nothing(checkpoint, capsys, monkeypatch):
+    flags = [checkpoint, "--eps", "48/255", "--num-images", "12", "--device", "cpu"]
+    run(*flags, script=evaluate)
+    quiet = capsys.readouterr().out
+    monkeypatch.setattr(evaluate, "tqdm", lambda **settings: tqdm(**settings | {"disable": False, "mininterval": 0}))
+    run(*flags, script=evaluate)
+    output, errors = capsys.readouterr()
+    assert output == quiet and "100.00 % left for PGD at 48/255" in errors
 
 
 def test_two_processes_evaluate_as_one(checkpoint, capsys):
