@@ -175,7 +175,6 @@ def cost(runs):
         times.append(1e3 / statistics.median(column(run, "images_per_second")[1]))
         robust = result["robust_accuracy"][result["radii"].index(eps)]
         plot(ax, run, times[-1:], [robust], markersize=9, linestyle="none")
-        ax.annotate(run["label"], (times[-1], robust), xytext=(9, 7), textcoords="offset points", color=run["colour"])
     ax.set(xlabel="training time (ms per image)", xlim=(0, 1.3 * max(times)), ylim=(-2, 102),
            ylabel=f"{' and '.join(sorted(set(map(attack_name, results))))} accuracy (%), ε = {fraction(runs[0])}")
     adversarial = [time for run, time in zip(runs, times) if run["method"] == "adversarial"]
@@ -183,6 +182,7 @@ def cost(runs):
         percent = adversarial[0] / 100
         top = ax.secondary_xaxis("top", functions=(lambda time: time / percent, lambda share: share * percent))
         top.set_xlabel("of adversarial training's time (%)")
+    figure.legend(loc="outside right upper")
     return figure
 
 
