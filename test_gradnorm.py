@@ -1515,6 +1515,9 @@ def test_grey_tiles_and_a_gradient_of_zero():
 
 
 def test_curves_hold_the_numbers_of_the_runs(runs):
+    for i, path in enumerate(runs):  # these tiny runs are as good under attack: tell the two curves apart
+        lines = [line | {"pgd10_accuracy": 10 * line["epoch"] + i} for line in metrics(path)]
+        (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     loaded = drawable(runs)
     for picture, names in ((visualize.accuracy, ("clean_accuracy", "pgd10_accuracy")),
                            (visualize.epochs, ("gradient_norm",))):
