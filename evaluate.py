@@ -20,7 +20,6 @@ import hashlib
 import json
 import math
 import pickle
-import sys
 import time
 from bisect import bisect_left
 from pathlib import Path
@@ -335,15 +334,16 @@ def take_turn(turn, model, x, y, state, *, steps=10, batch_size=256, rank=0, wor
     name, eps, number = turn
     rows = (state["radius"] > eps).nonzero()[rank::world_size, 0]
     images, radius = state["images"][rows], state["radius"][rows]
-    for some in range(0, len(rows), 8 * batch_size):  # bounds the memory
-        some = slice(some, some + 8 * batch_size)
+    for first in range(0, len(rows), 8 * batch_size):  # bounds the memory
+        some = slice(first, first + 8 * batch_size)
+        originals, labels = x[rows[some]], y[rows[some]]
         arguments = {"steps": steps} if name == "PGD" else {}
         if name != "FAB-T":  # which draws nothing
             arguments["seeds"] = F.pad(rows[some, None], (0, 1), value=number)
         if name.endswith("-T"):
             arguments["target"] = state["targets"][rows[some], number]
-        found = ATTACKS[name](model, x[rows[some]], y[rows[some]], eps=eps, batch_size=batch_size, **arguments)
-        found_radius = proved_radius(model, x[rows[some]], y[rows[some]], found, batch_size)
+        found = ATTACKS[name](model, originals, labels, eps=eps, batch_size=batch_size, **arguments)
+        found_radius = proved_radius(model, originals, labels, found, batch_size)
         images[some] = pick(found_radius < radius[some], found, images[some])
         radius[some] = torch.minimum(found_radius, radius[some])
     for rows, images, radius in every_rank(world_size, rows, images, radius):
@@ -404,13 +404,13 @@ def main():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
                 evaluate_checkpoint(path, model, x, y, states[path], args)
             write_result(path, config, states[path], args)
-        if args.save_adversarial and RANK == 0:
-            found = {str(path): {"adversarial": state["images"].cpu(), "radius": state["radius"].cpu()}
-                     for path, state in states.items()}
-            with train.replace(args.save_adversarial) as file:
-                torch.save({"images": x.cpu(), "labels": y.cpu(), **found}, file)
-        for path in args.checkpoints:
-            if RANK == 0:
+        if RANK == 0:
+            if args.save_adversarial:
+                found = {str(path): {"adversarial": state["images"].cpu(), "radius": state["radius"].cpu()}
+                         for path, state in states.items()}
+                with train.replace(args.save_adversarial) as file:
+                    torch.save({"images": x.cpu(), "labels": y.cpu(), **found}, file)
+            for path in states:
                 beside(path, args, ".state.pt").unlink(missing_ok=True)
         print_table(states, args)
     except KeyboardInterrupt:
@@ -431,7 +431,8 @@ def evaluate_checkpoint(path, model, x, y, state, args):
     turns = {"clean": [], "pgd": pgd_turns(args.radii, args.restarts),
              "autoattack": standard_turns(args.radii, state)}[args.attack]
     state |= {"turns": len(turns), "warnings": doubts(model, x, y, args.attack, args.batch_size)}
-    warn(path, state["warnings"])
+    for warning in state["warnings"]:
+        train.warn(f"{path}: {warning}")
     passes = {"PGD": args.steps + 1, "APGD-CE": 102, "APGD-T": 102, "FAB-T": 201, "Square": 5002}
     with tqdm(desc=str(path), unit=" images", unit_scale=True, leave=False, disable=True if RANK else None) as bar:
         def count(model, inputs, output):  # returns None: anything else would take the place of the output
@@ -459,12 +460,7 @@ def evaluate_checkpoint(path, model, x, y, state, args):
     if any(lost):
         state["warnings"].append(f"Square, which follows no gradient, broke {max(lost):.2f} % of the images after the "
                                  "attacks that do had given up: the gradient may mislead them")
-        warn(path, state["warnings"][-1:])
-
-
-def warn(path, lines):
-    for line in lines if RANK == 0 else []:
-        print(f"{Path(sys.argv[0]).name}: warning: {path}: {line}", file=sys.stderr, flush=True)
+        train.warn(f"{path}: {state['warnings'][-1]}")
 
 
 def load_models_and_images(args, device):

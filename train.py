@@ -620,6 +620,12 @@ def fail(message, status=2, every_rank=False):
     sys.exit(status)
 
 
+def warn(message):
+    """One line on stderr, from rank 0."""
+    if RANK == 0:
+        print(f"{Path(sys.argv[0]).name}: warning: {message}", file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def rank_zero_first():
     """The first process of each machine runs the body, which may download, before the others do."""

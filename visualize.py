@@ -13,7 +13,6 @@ A picture goes where --output says, else into the folder that holds the first ru
 import argparse
 import json
 import statistics
-import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -106,8 +105,8 @@ def epochs(runs, columns=10):
     rows = [strip.shape[1] / strip.shape[2] for strip, _ in strips]
     width = 8.0
     figure = plt.figure(figsize=(width, width * sum(rows) + 0.5 * len(runs) + 3.4), layout="constrained")
-    axes = figure.subplots(len(runs) + 1, 1, height_ratios=[*(width * row for row in rows), 3.0])
-    for (strip, shown), run, ax in zip(strips, runs, axes):
+    *strip_axes, curve = figure.subplots(len(runs) + 1, 1, height_ratios=[*(width * row for row in rows), 3.0])
+    for (strip, shown), run, ax in zip(strips, runs, strip_axes):
         ax.imshow(strip.permute(1, 2, 0).numpy(), interpolation="nearest")
         size = strip.shape[2] / len(shown)
         ax.set_xticks([(i + 0.5) * size for i in range(len(shown))], [str(epoch) for epoch in shown])
@@ -116,14 +115,14 @@ def epochs(runs, columns=10):
         ax.spines[:].set_visible(False)
         ax.set_title(f"∇x L, {run['label']}", color=run["colour"], loc="left")
     for run in runs:
-        plot(axes[-1], run, *column(run, "gradient_norm"))
-    axes[-1].set_yscale("log")
-    axes[-1].yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
-    axes[-1].yaxis.set_major_formatter("{x:g}")
-    axes[-1].yaxis.set_minor_locator(plt.NullLocator())
-    axes[-1].set(xlabel="epoch", ylabel="mean ‖∇x L‖₁ (pixels in [0, 1])")
-    axes[-1].grid(color="0.9")
-    axes[-1].legend()
+        plot(curve, run, *column(run, "gradient_norm"))
+    curve.set_yscale("log")
+    curve.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+    curve.yaxis.set_major_formatter("{x:g}")
+    curve.yaxis.set_minor_locator(plt.NullLocator())
+    curve.set(xlabel="epoch", ylabel="mean ‖∇x L‖₁ (pixels in [0, 1])")
+    curve.grid(color="0.9")
+    curve.legend()
     return figure
 
 
@@ -252,7 +251,7 @@ def load_run(path):
             line["epoch"] + 0
             metrics.append(line)
         except (ValueError, TypeError, KeyError):
-            warn(f"{file}, line {number}, is not one of train.py's: skipped")
+            train.warn(f"{file}, line {number}, is not one of train.py's: skipped")
     results = []
     for file in sorted(path.glob("*.json")):
         try:
@@ -260,7 +259,7 @@ def load_run(path):
             result["num_images"], result["steps"], zip(result["radii"], result["robust_accuracy"])
             results.append(result)
         except (ValueError, TypeError, KeyError):
-            warn(f"{file} is not a result of evaluate.py: skipped")
+            train.warn(f"{file} is not a result of evaluate.py: skipped")
     method = config["method"]
     return {"path": path, "config": config, "metrics": metrics, "results": results, "method": method,
             "colour": COLOURS[method], "label": NAMES[method], "marker": "o"}
@@ -283,10 +282,6 @@ def save(picture, path):
             picture.savefig(file, dpi=150, format="png")
             matplotlib().close(picture)
     print(path)
-
-
-def warn(message):
-    print(f"{Path(sys.argv[0]).name}: warning: {message}", file=sys.stderr)
 
 
 # Command line
@@ -320,7 +315,7 @@ def draw_all(args):
         try:
             folders.setdefault(path.parent, []).append(load_run(path))
         except CannotDraw as error:
-            warn(f"left out: {error}")
+            train.warn(f"left out: {error}")
     if not folders:
         train.fail(f"no runs in {', '.join(map(str, args.runs))}: train.py makes them")
     for folder, runs in folders.items():
@@ -331,7 +326,7 @@ def draw_all(args):
             try:
                 save(draw(runs), output / f"{name}.png")
             except CannotDraw as error:
-                warn(f"no {output / name}.png: {error}")
+                train.warn(f"no {output / name}.png: {error}")
 
 
 if __name__ == "__main__":
