@@ -474,6 +474,9 @@ def load_models_and_images(args, device):
         if (other["dataset"], other["classes"]) != (config["dataset"], config["classes"]):
             train.fail(f"{path} was trained on {other['dataset']} of {len(other['classes'])} classes, {first} on "
                        f"{config['dataset']} of {len(config['classes'])}: evaluate them one by one")
+        if other["val_images"] != config["val_images"]:
+            train.fail(f"{path} was trained with --val-images {other['val_images']}, {first} with "
+                       f"{config['val_images']}: evaluate them one by one")
     with train.rank_zero_first():
         test_set = train.load_dataset(argparse.Namespace(**config | {"data_dir": args.data_dir or config["data_dir"]}),
                                       train=False)
@@ -481,6 +484,8 @@ def load_models_and_images(args, device):
         train.fail(f"the data have the classes {test_set.classes}, not those of {first}: choose others by --data-dir")
     if args.num_images > len(test_set):
         train.fail(f"--num-images {args.num_images}: there are {len(test_set)} held-out images")
+    if config["val_images"]:
+        train.warn(f"on the training images that --val-images {config['val_images']} held out, not on test images")
     images, labels = train.held_out(test_set, args.num_images)
     return models, images.to(device).float() / 255, labels.to(device)
 

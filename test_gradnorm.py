@@ -755,6 +755,34 @@ def test_fashion_mnist_is_read_from_idx_files(tmp_path):
     assert data.images.flatten()[:300].tolist() == [i % 251 for i in range(300)]
     assert len(train.load_dataset(args, train=False)) == 3
 
+    args.val_images = 2  # of the training images, none of which is in both parts
+    seen, held_out = (train.load_dataset(args, train=part) for part in (True, False))
+    assert len(held_out) == 2 and sorted([*seen.targets.tolist(), *held_out.targets.tolist()]) == list(range(7))
+    for part in (seen, held_out):
+        assert torch.equal(part.images, data.images[part.targets])
+
+
+def test_validation_images_are_training_files_that_training_never_sees(folder, tmp_path, capsys):
+    flags = [*flags_for(folder, tmp_path), "--val-images", "12", "--augment", "basic", "--epochs", "1"]
+    args = settings(*flags)
+    seen, held_out = (train.load_dataset(args, train=part) for part in (True, False))
+    files = [path for path, _ in seen.samples + held_out.samples]
+    assert len(set(files)) == 48 and all("/train/" in path for path in files)
+    assert torch.tensor(held_out.targets).bincount().tolist() == [4, 4, 4]
+    for part in (seen, held_out):
+        assert part.targets == [part.class_to_idx[Path(path).parent.name] for path, _ in part.samples]
+    torch.manual_seed(0)  # held-out images are not augmented
+    assert torch.equal(held_out[0][0], held_out[0][0]) and not torch.equal(seen[0][0], seen[0][0])
+
+    run(*flags)
+    assert "36 images" in capsys.readouterr().out
+    run(tmp_path / "checkpoint.pt", "--attack", "clean", "--num-images", "12", "--device", "cpu", script=evaluate)
+    output, warning = capsys.readouterr()
+    assert "--val-images 12" in warning
+    x, y = torch.stack([image for image, _ in held_out]).float() / 255, torch.tensor(held_out.targets)
+    model, _ = train.load_checkpoint(tmp_path / "checkpoint.pt")
+    assert f"| {100 * (model(x).argmax(1) == y).float().mean():.2f} |" in output
+
 
 def test_grey_images_reach_torchvision_models():
     model = train.build_model("resnet18", 1, 10).eval()
@@ -794,6 +822,7 @@ def test_pretrained_head_is_replaced_for_other_classes_alone(monkeypatch, name):
     (["--epochs", "1.5"], ["--epochs", "1.5"]),
     (["--batch-size", "49"], ["--batch-size 49", "48 training images"]),
     (["--batch-size", "25", "--accumulate", "2"], ["--accumulate 2", "48 training images"]),
+    (["--val-images", "48"], ["--val-images 48", "48 training images"]),
     (["--data-dir", "/nonexistent/data"], ["/nonexistent/data/train", "--data-dir"]),
     (["--model", "vit_b_16"], ["vit_b_16", "16, 16"]),
     (["--model", "mobilenet_v2", "--activation", "gelu", "--image-size", "32"], ["mobilenet_v2", "--activation"]),
@@ -1435,6 +1464,11 @@ def test_bad_input_of_the_evaluation_ends_in_one_line(checkpoint, folder, tmp_pa
         device = [] if "--device" in flags else ["--device", "cpu"]
         assert words in fails(capsys, *flags, *device, script=evaluate)
         assert before == {path: path.read_bytes() for path in checkpoint.parent.iterdir()}
+    other = torch.load(checkpoint, weights_only=True)
+    other["config"]["val_images"] = 12
+    torch.save(other, tmp_path / "other.pt")
+    errors = fails(capsys, checkpoint, tmp_path / "other.pt", "--num-images", "12", "--device", "cpu", script=evaluate)
+    assert "--val-images 12" in errors and "one by one" in errors
     (checkpoint.parent / "pgd10-12.state.pt").write_bytes(b"something else")
     errors = fails(capsys, checkpoint, "--num-images", "12", "--device", "cpu", "--resume", script=evaluate)
     assert "not the state" in errors and "pgd10-12.state.pt" in errors

@@ -327,35 +327,51 @@ class BadImage(Exception):
 
 
 def load_dataset(args, train):
-    """The training or the held-out part of --dataset, of (image (C, H, W) uint8, class index)."""
+    """The images to train on, or those held out: the test part of --dataset, or with --val-images as many of its
+    training images, the classes in equal parts. Of (image (C, H, W) uint8, class index)."""
+    dataset = load_part(args, train or args.val_images > 0, augment=train)
+    if not args.val_images:
+        return dataset
+    if args.val_images >= len(dataset):
+        fail(f"--val-images {args.val_images}: there are {len(dataset)} training images")
+    held_out = balanced_subset(dataset.targets, args.val_images)
+    chosen = np.setdiff1d(np.arange(len(dataset)), held_out) if train else held_out.numpy()
+    if isinstance(dataset, Images):
+        return Images(dataset.images[chosen], dataset.targets[chosen], dataset.classes, dataset.transform)
+    dataset.samples = [dataset.samples[i] for i in chosen]
+    dataset.targets = [dataset.targets[i] for i in chosen]
+    return dataset
+
+
+def load_part(args, train_part, augment):
     if args.dataset == "imagefolder":
-        return load_image_folder(args, train)
+        return load_image_folder(args, train_part, augment)
     if args.dataset == "shapes":
-        images, targets, classes = draw_shapes(20_000, seed=0) if train else draw_shapes(2_000, seed=1)
+        images, targets, classes = draw_shapes(20_000, seed=0) if train_part else draw_shapes(2_000, seed=1)
     else:
         folder = Path(args.data_dir or "data")
         try:
             if args.dataset == "fashion-mnist":
-                images, targets, classes = load_fashion_mnist(folder, train)
+                images, targets, classes = load_fashion_mnist(folder, train_part)
             else:
-                data = torchvision.datasets.CIFAR10(folder, train, download=True)
+                data = torchvision.datasets.CIFAR10(folder, train_part, download=True)
                 images, targets, classes = torch.from_numpy(data.data).permute(0, 3, 1, 2), data.targets, data.classes
         except (OSError, RuntimeError, EOFError, ValueError) as error:
             debian = f" or {DEBIAN} (apt-get install dataset-fashion-mnist)" * (args.dataset == "fashion-mnist")
             fail(f"cannot find {args.dataset} in {folder.absolute()}{debian}, nor download it ({error}): "
                  "put it there or name its place with --data-dir")
     size = images.shape[-1]
-    transform = train_transform(args, size, v2.RandomCrop(size, padding=size // 8)) if train else None
+    transform = train_transform(args, size, v2.RandomCrop(size, padding=size // 8)) if augment else None
     return Images(images.contiguous(), torch.as_tensor(targets), classes, transform)
 
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
-def load_fashion_mnist(folder, train):
+def load_fashion_mnist(folder, train_part):
     """Fashion-MNIST from the four idx .gz files in `folder` or where Debian puts them, or else from torchvision."""
     classes = torchvision.datasets.FashionMNIST.classes
-    part = "train" if train else "t10k"
+    part = "train" if train_part else "t10k"
     for place in (folder, DEBIAN):
         if (place / f"{part}-images-idx3-ubyte.gz").exists():
             with gzip.open(place / f"{part}-images-idx3-ubyte.gz") as file:
@@ -363,16 +379,16 @@ def load_fashion_mnist(folder, train):
             with gzip.open(place / f"{part}-labels-idx1-ubyte.gz") as file:
                 targets = np.frombuffer(file.read(), np.uint8, offset=8)
             return torch.from_numpy(images.copy()), targets.astype(np.int64), classes
-    data = torchvision.datasets.FashionMNIST(folder, train, download=True)
+    data = torchvision.datasets.FashionMNIST(folder, train_part, download=True)
     return data.data[:, None], data.targets, classes
 
 
-def load_image_folder(args, train):
+def load_image_folder(args, train_part, augment):
     """--data-dir/train or val, one folder of image files per class, as ImageNet has it."""
     if not args.data_dir:
         fail("--dataset imagefolder needs --data-dir, which holds train/ and val/, each with a folder per class")
-    folder, size = Path(args.data_dir) / ("train" if train else "val"), args.image_size
-    transform = train_transform(args, size, v2.RandomResizedCrop(size)) if train else None
+    folder, size = Path(args.data_dir) / ("train" if train_part else "val"), args.image_size
+    transform = train_transform(args, size, v2.RandomResizedCrop(size)) if augment else None
     transform = transform or v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)])
     try:
         return torchvision.datasets.ImageFolder(folder, v2.Compose([v2.PILToTensor(), transform]), loader=read_image)
@@ -679,6 +695,9 @@ def parse_args():
     add("--dataset", default="shapes", choices=["shapes", "fashion-mnist", "cifar10", "imagefolder"],
         help="shapes is drawn by this file, the next two are downloaded, imagefolder is any folder of images")
     add("--data-dir", metavar="DIR", help="where the data are, or go; for imagefolder it holds train/ and val/")
+    add("--val-images", default=0, type=number(int, 0), metavar="N",
+        help="hold N of the training images out and evaluate on these, to choose settings by; 0 evaluates on the test "
+             "part (val/ of imagefolder)")
     add("--image-size", default=224, type=count, metavar="N", help="imagefolder: side of the crop in pixels")
     add("--augment", default="none", choices=["none", "basic", "strong"],
         help="basic: crop and flip; strong: the paper's recipe, with RandAugment, colour jitter, random erasing, "

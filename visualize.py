@@ -43,7 +43,7 @@ def gradients(runs, count=6):
     models = [train.load_checkpoint(run["path"] / "checkpoint.pt")[0] for run in runs]
     config = runs[0]["config"]
     for run in runs:
-        if (run["config"]["dataset"], run["config"]["classes"]) != (config["dataset"], config["classes"]):
+        if any(run["config"][name] != config[name] for name in ("dataset", "classes", "val_images")):
             raise CannotDraw(f"{run['path']} and {runs[0]['path']} were trained on different data")
     test_set = train.load_dataset(argparse.Namespace(**config), train=False)
     images, labels = train.held_out(test_set, min(200, len(test_set)))
