@@ -694,6 +694,36 @@ def test_compiled_training_equals_eager(folder, tmp_path, monkeypatch):
     torch.testing.assert_close(saved(tmp_path / "compiled"), saved(tmp_path / "eager"), rtol=1e-4, atol=1e-6)
 
 
+def test_benchmark_measures_what_the_cost_model_predicts(folder, tmp_path, capsys):
+    (tmp_path / "checkpoint.pt").write_bytes(b"a run's, which stays")
+    run(*flags_for(folder, tmp_path), "--benchmark", "3", "--gradnorm-every", "2", "--steps", "2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmark.json", "checkpoint.pt"]
+    output = capsys.readouterr().out
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    # F for a forward pass, F for an input gradient, F for a weight gradient; 3F is natural training (and the first
+    # layer's input gradient, which natural training does not need, makes the ratios a little larger).
+    predicted = {"natural": 1, "GradNorm, double backprop": 6 / 3, "GradNorm, finite difference": 6 / 3,
+                 "GradNorm, double backprop, every 2 steps": (6 + 3) / 2 / 3,
+                 "GradNorm, finite difference, every 2 steps": (6 + 3) / 2 / 3, "adversarial, PGD-2": (2 * 2 + 3) / 3}
+    assert list(rows) == list(predicted)
+    for name, row in rows.items():
+        assert row["flops_to_natural"] == pytest.approx(predicted[name], rel=0.03), name
+        assert 0 < row["to_natural"][1] <= row["to_natural"][0] <= row["to_natural"][2]
+        assert f"| {name} | {1e3 * row['seconds']:.1f} |" in output
+        assert row["peak_memory"] > 0
+    assert rows["natural"]["to_natural"] == rows["adversarial, PGD-2"]["to_adversarial"] == [1, 1, 1]
+
+
+def test_peak_memory_is_that_of_the_steps_alone():
+    """The graph of double backprop holds about twice the activations; whatever this process holds does not count."""
+    ballast = torch.ones(2**28)
+    grown = []
+    for method in ("natural", "gradnorm"):
+        with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+            grown.append(pool.apply(train.grown_memory, (settings("--method", method), (256, 3, 32, 32), 10)))
+    assert 2**25 < grown[0] < 2**28 and 1.5 * grown[0] < grown[1] < 4 * grown[0] < 4 * ballast.nbytes, grown
+
+
 def test_learning_rate_rises_and_falls():
     rates = [train.learning_rate(step, 10, 110, 1e-3) for step in range(111)]
     assert rates[0] == 1e-5 and rates[10] == 1e-3 and rates[60] == pytest.approx((1e-3 + 1e-5) / 2)
@@ -831,6 +861,8 @@ def test_pretrained_head_is_replaced_for_other_classes_alone(monkeypatch, name):
     (["--pretrained"], ["--pretrained", "--model"]),
     (["--no-such-flag"], ["--no-such-flag"]),
     (["--device", "cuda"], ["cuda", "--device cpu"]),
+    (["--benchmark", "0"], ["--benchmark", "from 1"]),
+    (["--benchmark", "--output-dir", "/dev/null/run"], ["/dev/null/run", "--output-dir"]),
 ])
 def test_bad_input_ends_in_one_line(folder, tmp_path, capsys, monkeypatch, flags, words):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)

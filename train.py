@@ -35,6 +35,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -97,7 +98,6 @@ def train(args, checkpoint, device):
         objective = DistributedDataParallel(objective, device_ids=[LOCAL_RANK] if device.type == "cuda" else None)
     optimizer = build_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
     ema = None
     if args.ema_decay:
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay), use_buffers=True)
@@ -143,20 +143,16 @@ def train(args, checkpoint, device):
                 grad_scale = scaler.scale(one) / len(x) if scaler.is_enabled() else 1.0
                 last = micro_step == args.accumulate - 1
                 with contextlib.nullcontext() if last or WORLD_SIZE == 1 else objective.no_sync():
-                    with torch.autocast(device.type, amp_dtype, enabled=args.amp != "off"):
+                    with autocast(args, device):
                         loss, cross_entropy, penalty = objective(x, y, ramp, regularise, grad_scale)
                     scaler.scale(loss / args.accumulate).backward()
                 terms = torch.stack([loss.detach(), cross_entropy, penalty, one, one * regularise])
                 sums += torch.where(terms.isfinite().all(), terms, 0)  # GradScaler will skip an overflow
-            scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad_norm or math.inf)
+            norm = update(model, optimizer, scaler, args.clip_grad_norm)
             # DDP averages a nan into every rank's gradients: all ranks stop here together.
             if not norm.isfinite() and not (scaler.is_enabled() and scaler.get_scale() >= 1):
                 fail(f"not finite in epoch {epoch + 1}, step {step + 1}: loss {loss.item()}, norm of its gradient "
                      f"{norm.item()}; lower --lr or --lambda-gn. The last good checkpoint stays in {output_dir}", 1)
-            scaler.step(optimizer)  # skips a step whose fp16 gradients overflowed
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
             if ema:
                 ema.update_parameters(model)
         seconds = time.perf_counter() - start
@@ -185,6 +181,21 @@ def train(args, checkpoint, device):
                             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                             "epoch": epoch, "metrics": metrics, "config": config}, file)
             print_epoch(metrics[-1], args.epochs)
+
+
+def autocast(args, device):
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
+    return torch.autocast(device.type, dtype, enabled=args.amp != "off")
+
+
+def update(model, optimizer, scaler, clip_grad_norm):
+    """One step of the optimiser. Returns the norm of the gradient, before it is clipped."""
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad_norm or math.inf)
+    scaler.step(optimizer)  # skips a step whose fp16 gradients overflowed
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 def learning_rate(step, warmup_steps, total_steps, peak, floor=1e-5):
@@ -567,6 +578,113 @@ def check_model(model, args, image):
         fail(f"{args.model} does not take images of {tuple(image.shape)} (channels, height, width): {error}")
 
 
+# Benchmark
+
+
+def benchmark(args, device):
+    """What a step of each method costs: a Markdown table of time, its ratios, FLOPs and memory, and the same as JSON.
+
+    A round makes one step of each (K steps where the penalty is in every K-th), all on the same weights and the same
+    batch, so that a slow moment of the machine meets them all. Ratios are taken within a round. The table has medians,
+    and of the ratios the quartiles too.
+    """
+    if args.output_dir:
+        make_writable(Path(args.output_dir))
+    train_set, _, model = load_data_and_model(args, None)
+    x, y = next(iter(make_loader(train_set, args, pin_memory=False)))
+    x, y = x.to(device).float() / 255, y.to(device)
+    model.to(device)
+    # One optimiser for all, at a learning rate of 0: the same work, and the weights stay as they are.
+    optimizer = build_optimizer(model, argparse.Namespace(**vars(args) | {"lr": 0.0}))
+
+    methods = {"natural": {"method": "natural", "gradnorm_every": 1}}
+    for every in sorted({1, args.gradnorm_every}):
+        for penalty in ("double-backprop", "finite-difference"):
+            name = f"GradNorm, {penalty.replace('-', ' ')}" + f", every {every} steps" * (every > 1)
+            methods[name] = {"method": "gradnorm", "penalty": penalty, "gradnorm_every": every}
+    adversarial = f"adversarial, PGD-{args.steps}"
+    methods[adversarial] = {"method": "adversarial", "gradnorm_every": 1}
+
+    steps, seconds, rows = {}, {name: [] for name in methods}, {name: {} for name in methods}
+    for name, settings in methods.items():
+        eager = argparse.Namespace(**vars(args) | settings | {"compile": False})
+        with FlopCounterMode(display=False) as counter:
+            counter.mod_tracker.__exit__()  # its hooks on modules refuse autograd.grad with respect to the input
+            make_step(eager, model, optimizer, x, y)()
+        rows[name]["flops"] = counter.get_total_flops() / eager.gradnorm_every
+        steps[name] = make_step(argparse.Namespace(**vars(args) | settings), model, optimizer, x, y)
+        for _ in range(2):  # warm-up: compilation, and the allocator's growth
+            steps[name]()
+        rows[name]["peak_memory"] = None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            steps[name]()
+            rows[name]["peak_memory"] = torch.cuda.max_memory_allocated()
+        elif sys.platform == "linux" and not args.compile:
+            with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+                rows[name]["peak_memory"] = pool.apply(grown_memory, (eager, x.shape, len(train_set.classes)))
+
+    for _ in tqdm(range(args.benchmark), desc="rounds", leave=False, disable=None):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append((time.perf_counter() - start) / methods[name]["gradnorm_every"])
+
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{args.model} on {args.dataset}, batches of {tuple(x.shape)}, {machine}, torch {torch.__version__}, "
+          f"amp {args.amp}{', compiled' * args.compile}; median (quartiles) of {args.benchmark} rounds\n\n"
+          f"| a step of | ms | time / natural | time / PGD-{args.steps} | FLOPs / natural | images/s | memory, MiB |\n"
+          "|---|---|---|---|---|---|---|")
+    for name, row in rows.items():
+        row |= {"seconds": float(np.median(seconds[name])), "flops_to_natural": row["flops"] / rows["natural"]["flops"]}
+        for ratio, other in ("to_natural", "natural"), ("to_adversarial", adversarial):
+            row[ratio] = np.quantile(np.divide(seconds[name], seconds[other]), [0.5, 0.25, 0.75]).tolist()
+        to_natural, to_adversarial = ("{:.2f} ({:.2f} to {:.2f})".format(*row[ratio])
+                                      for ratio in ("to_natural", "to_adversarial"))
+        memory = "-" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:.0f}"
+        print(f"| {name} | {1e3 * row['seconds']:.1f} | {to_natural} | {to_adversarial} "
+              f"| {row['flops_to_natural']:.2f} | {len(x) / row['seconds']:.0f} | {memory} |")
+    if args.output_dir:
+        with replace(Path(args.output_dir) / "benchmark.json") as file:
+            file.write(json.dumps({"machine": machine, "torch": torch.__version__, "image": list(x.shape[1:]),
+                                   "rows": rows, "config": vars(args)}, indent=1).encode() + b"\n")
+
+
+def make_step(args, model, optimizer, x, y):
+    """A function that makes --gradnorm-every steps of training on this batch, with nothing else of the loop."""
+    objective = Objective(model, args)
+    if args.compile:
+        objective.compile()
+    scaler = torch.amp.GradScaler(x.device.type, enabled=args.amp == "fp16")
+    one = torch.ones((), device=x.device)
+
+    def step():
+        train_mode(model, args.freeze_bn)
+        for k in range(args.gradnorm_every):
+            grad_scale = scaler.scale(one) / len(x) if scaler.is_enabled() else 1.0
+            with autocast(args, x.device):
+                loss, *_ = objective(x, y, one, args.method == "gradnorm" and k == 0, grad_scale)
+            scaler.scale(loss).backward()
+            update(model, optimizer, scaler, args.clip_grad_norm)
+
+    return step
+
+
+def grown_memory(args, shape, classes):
+    """By how many bytes a fresh process, this one, has grown at its peak in three steps, the model included (Linux)."""
+    def kibibytes(name):  # not getrusage's peak, which a child inherits from its parent
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name))
+    before = kibibytes("VmRSS")
+    model = build_model(args.model, shape[1], classes, args.activation)
+    step = make_step(args, model, build_optimizer(model, args), torch.rand(shape), torch.randint(classes, shape[:1]))
+    for _ in range(3):
+        step()
+    return 1024 * (kibibytes("VmHWM") - before)
+
+
 # Checkpoints
 
 
@@ -731,11 +849,14 @@ def parse_args():
     add("--workers", default=min(8, os.cpu_count()), type=number(int, 0), metavar="N",
         help="imagefolder: loading processes per training process")
     add("--eval-images", default=1000, type=count, metavar="N", help="held-out images to evaluate on after each epoch")
+    add("--benchmark", nargs="?", const=20, type=count, metavar="N",
+        help="train nothing: time N rounds (20 if not given) of a step of each method, and print a table of time, "
+             "FLOPs and memory; --gradnorm-every K adds its rows, --output-dir keeps it as benchmark.json")
     add("--seed", default=0, type=number(int, 0), metavar="N", help="of the weights, the order of images and all noise")
 
     args, checkpoint = parser.parse_args(), None
     path = Path(args.output_dir or f"runs/{args.method}") / "checkpoint.pt"
-    if os.path.lexists(path):
+    if os.path.lexists(path) and not args.benchmark:
         if not args.resume:
             fail(f"{path} exists already: go on with --resume, or choose another --output-dir")
         try:
@@ -757,7 +878,10 @@ def parse_args():
         fail("--pretrained: convnet has no ImageNet weights; choose another --model")
     if args.eval_images < WORLD_SIZE:
         fail(f"--eval-images {args.eval_images}: {WORLD_SIZE} processes need an image each")
-    args.output_dir = str(path.parent)
+    if args.benchmark and WORLD_SIZE > 1:
+        fail("--benchmark times one process: start it without torchrun")
+    if not args.benchmark:
+        args.output_dir = str(path.parent)
     args.device = choose_device(args.device)
     return args, checkpoint
 
@@ -790,11 +914,15 @@ def main():
     device = start_process(args.device)
     torch.manual_seed(args.seed)  # the same first weights on every rank
     try:
-        train(args, checkpoint, device)
+        if args.benchmark:
+            benchmark(args, device)
+        else:
+            train(args, checkpoint, device)
     except BadImage as error:
         fail(str(error).rpartition("BadImage: ")[2].strip(), every_rank=True)
     except KeyboardInterrupt:
-        fail(f"interrupted; go on from the last epoch with --resume --output-dir {args.output_dir}", 130)
+        fail("interrupted" if args.benchmark else
+             f"interrupted; go on from the last epoch with --resume --output-dir {args.output_dir}", 130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
