@@ -1598,10 +1598,13 @@ def test_curves_hold_the_numbers_of_the_runs(runs):
 def test_strips_are_the_kept_gradients(runs):
     figure = visualize.epochs(drawable(runs[:1]))
     strip = torch.from_numpy(figure.axes[0].get_images()[0].get_array().data)
-    for i, epoch in enumerate((1, 2, 3)):
-        kept = torch.load(runs[0] / f"gradients/{epoch:04d}.pt", weights_only=True)["gradients"].float()
-        tile = strip[1:17, 1 + 17 * i:17 + 17 * i].permute(2, 0, 1)
-        torch.testing.assert_close(tile, visualize.gradient_tiles(kept[:1])[0].double(), check_dtype=False)
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["image", "1", "2", "3"]
+    tiles = [strip[1:17, 1 + 17 * i:17 + 17 * i].permute(2, 0, 1) for i in range(4)]
+    for epoch in (1, 2, 3):
+        kept = torch.load(runs[0] / f"gradients/{epoch:04d}.pt", weights_only=True)
+        expected = visualize.gradient_tiles(kept["gradients"].float()[:1])[0].double()
+        torch.testing.assert_close(tiles[epoch], expected, check_dtype=False)
+        torch.testing.assert_close(tiles[0], kept["images"][0] / 255, check_dtype=False)
 
 
 def test_all_draws_what_it_can_and_says_what_it_cannot(runs, tmp_path, capsys):

@@ -90,7 +90,7 @@ def captioned_grid(columns, titles, captions, tile=150, gap=10):
 
 
 def epochs(runs, columns=10):
-    """Strips of the same images' ∇x L after some of the epochs; under them, mean ‖∇x L‖₁ of the held-out images."""
+    """Strips of images and their ∇x L after some of the epochs; under them, mean ‖∇x L‖₁ of the held-out images."""
     plt = matplotlib()
     strips = []
     for run in runs:
@@ -99,9 +99,9 @@ def epochs(runs, columns=10):
             raise CannotDraw(f"{run['path']}/gradients is empty: train.py writes a file into it after each epoch")
         files = [files[round(i)] for i in torch.linspace(0, len(files) - 1, min(columns, len(files))).tolist()]
         kept = [torch.load(file, weights_only=True) for file in files]
-        tiles = torch.stack([gradient_tiles(each["gradients"].float()[:2]) for each in kept], dim=1)
-        strips.append((make_grid(tiles.flatten(0, 1), nrow=len(files), padding=1, pad_value=1.0),
-                       [int(file.stem) for file in files]))
+        tiles = [kept[0]["images"][:2] / 255, *(gradient_tiles(each["gradients"].float()[:2]) for each in kept)]
+        strips.append((make_grid(torch.stack(tiles, dim=1).flatten(0, 1), nrow=len(tiles), padding=1, pad_value=1.0),
+                       ["image", *(str(int(file.stem)) for file in files)]))
     rows = [strip.shape[1] / strip.shape[2] for strip, _ in strips]
     width = 8.0
     figure = plt.figure(figsize=(width, width * sum(rows) + 0.5 * len(runs) + 3.4), layout="constrained")
@@ -109,11 +109,11 @@ def epochs(runs, columns=10):
     for (strip, shown), run, ax in zip(strips, runs, strip_axes):
         ax.imshow(strip.permute(1, 2, 0).numpy(), interpolation="nearest")
         size = strip.shape[2] / len(shown)
-        ax.set_xticks([(i + 0.5) * size for i in range(len(shown))], [str(epoch) for epoch in shown])
+        ax.set_xticks([(i + 0.5) * size for i in range(len(shown))], shown)
         ax.set_yticks([])
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
-        ax.set_title(f"∇x L, {run['label']}", color=run["colour"], loc="left")
+        ax.set_title(f"{run['label']}: ∇x L after epoch", color=run["colour"], loc="left")
     for run in runs:
         plot(curve, run, *column(run, "gradient_norm"))
     curve.set_yscale("log")
