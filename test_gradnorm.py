@@ -1629,8 +1629,9 @@ def test_all_draws_what_it_can_and_says_what_it_cannot(runs, tmp_path, capsys):
 
 def test_runs_of_one_method_are_told_apart(runs):
     several = drawable([runs[1], runs[1], runs[0]])
-    assert several[0]["label"] == "gradnorm" and several[2]["label"] == "natural"
+    assert several[2]["label"] == "natural"
     assert several[0]["marker"] != several[1]["marker"] and several[0]["colour"] == several[1]["colour"]
+    assert several[0]["label"] == several[1]["label"] == "runs/gradnorm"
     many = drawable(runs + runs * 3)
     assert visualize.accuracy(many).axes and visualize.gradients(many[:10]).size[0] > 1000
 

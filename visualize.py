@@ -102,15 +102,14 @@ def epochs(runs, columns=10):
         tiles = [kept[0]["images"][:2] / 255, *(gradient_tiles(each["gradients"].float()[:2]) for each in kept)]
         strips.append((make_grid(torch.stack(tiles, dim=1).flatten(0, 1), nrow=len(tiles), padding=1, pad_value=1.0),
                        ["image", *(str(int(file.stem)) for file in files)]))
-    rows = [strip.shape[1] / strip.shape[2] for strip, _ in strips]
+    across = max(len(shown) for _, shown in strips)
     width = 8.0
-    figure = plt.figure(figsize=(width, width * sum(rows) + 0.5 * len(runs) + 3.4), layout="constrained")
-    *strip_axes, curve = figure.subplots(len(runs) + 1, 1, height_ratios=[*(width * row for row in rows), 3.0])
+    figure = plt.figure(figsize=(width + 2, len(runs) * (2 * width / across + 0.5) + 3.4), layout="constrained")
+    *strip_axes, curve = figure.subplots(len(runs) + 1, 1, height_ratios=[2 * width / across] * len(runs) + [3.0])
     for (strip, shown), run, ax in zip(strips, runs, strip_axes):
-        ax.imshow(strip.permute(1, 2, 0).numpy(), interpolation="nearest")
-        size = strip.shape[2] / len(shown)
-        ax.set_xticks([(i + 0.5) * size for i in range(len(shown))], shown)
-        ax.set_yticks([])
+        ax.imshow(strip.permute(1, 2, 0).numpy(), interpolation="nearest", extent=(0, len(shown), 0, 2))
+        ax.set(xlim=(0, across), yticks=[])
+        ax.set_xticks([i + 0.5 for i in range(len(shown))], shown)
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
         ax.set_title(f"{run['label']}: ∇x L after epoch", color=run["colour"], loc="left")
@@ -122,7 +121,7 @@ def epochs(runs, columns=10):
     curve.yaxis.set_minor_locator(plt.NullLocator())
     curve.set(xlabel="epoch", ylabel="mean ‖∇x L‖₁ (pixels in [0, 1])")
     curve.grid(color="0.9")
-    curve.legend()
+    curve.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -266,11 +265,15 @@ def load_run(path):
 
 
 def told_apart(runs):
-    """Runs of one method get markers and the names of their folders."""
+    """Runs of one method get markers and the names of their folders, with those of the folders above where these are
+    the same."""
+    names = [run["path"].resolve().name for run in runs]
     for method in COLOURS:
         same = [run for run in runs if run["method"] == method]
         for run, marker in zip(same if len(same) > 1 else [], "osD^vPX*" * len(same)):
-            run |= {"label": run["path"].name, "marker": marker}
+            path = run["path"].resolve()
+            label = path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}"
+            run |= {"label": label, "marker": marker}
     return runs
 
 
