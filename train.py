@@ -139,14 +139,10 @@ def train(args, checkpoint, device):
                 x, y = next(batches)
                 x, y = x.to(device, non_blocking=True).float() / 255, y.to(device, non_blocking=True)
                 x, y = mix(x, y)
-                # The inner gradient is that of one example's loss, N times the scaled loss's.
-                grad_scale = scaler.scale(one) / len(x) if scaler.is_enabled() else 1.0
                 last = micro_step == args.accumulate - 1
                 with contextlib.nullcontext() if last or WORLD_SIZE == 1 else objective.no_sync():
-                    with autocast(args, device):
-                        loss, cross_entropy, penalty = objective(x, y, ramp, regularise, grad_scale)
-                    scaler.scale(loss / args.accumulate).backward()
-                terms = torch.stack([loss.detach(), cross_entropy, penalty, one, one * regularise])
+                    loss, cross_entropy, penalty = forward_backward(objective, scaler, x, y, ramp, regularise, args)
+                terms = torch.stack([loss, cross_entropy, penalty, one, one * regularise])
                 sums += torch.where(terms.isfinite().all(), terms, 0)  # GradScaler will skip an overflow
             norm = update(model, optimizer, scaler, args.clip_grad_norm)
             # DDP averages a nan into every rank's gradients: all ranks stop here together.
@@ -183,9 +179,15 @@ def train(args, checkpoint, device):
             print_epoch(metrics[-1], args.epochs)
 
 
-def autocast(args, device):
+def forward_backward(objective, scaler, x, y, ramp, regularise, args):
+    """Adds the objective's gradient, scaled, to those of the parameters. Returns the loss and its terms, detached."""
+    # The inner gradient is that of one example's loss, N times the scaled loss's.
+    grad_scale = scaler.scale(torch.ones_like(ramp)) / len(x) if scaler.is_enabled() else 1.0
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
-    return torch.autocast(device.type, dtype, enabled=args.amp != "off")
+    with torch.autocast(x.device.type, dtype, enabled=args.amp != "off"):
+        loss, cross_entropy, penalty = objective(x, y, ramp, regularise, grad_scale)
+    scaler.scale(loss / args.accumulate).backward()
+    return loss.detach(), cross_entropy, penalty
 
 
 def update(model, optimizer, scaler, clip_grad_norm):
@@ -345,8 +347,9 @@ def load_dataset(args, train):
         return dataset
     if args.val_images >= len(dataset):
         fail(f"--val-images {args.val_images}: there are {len(dataset)} training images")
-    held_out = balanced_subset(dataset.targets, args.val_images)
-    chosen = np.setdiff1d(np.arange(len(dataset)), held_out) if train else held_out.numpy()
+    chosen = balanced_subset(dataset.targets, args.val_images).numpy()
+    if train:  # on all the others
+        chosen = np.setdiff1d(np.arange(len(dataset)), chosen)
     if isinstance(dataset, Images):
         return Images(dataset.images[chosen], dataset.targets[chosen], dataset.classes, dataset.transform)
     dataset.samples = [dataset.samples[i] for i in chosen]
@@ -658,15 +661,12 @@ def make_step(args, model, optimizer, x, y):
     if args.compile:
         objective.compile()
     scaler = torch.amp.GradScaler(x.device.type, enabled=args.amp == "fp16")
-    one = torch.ones((), device=x.device)
+    ramp = torch.ones((), device=x.device)
 
     def step():
         train_mode(model, args.freeze_bn)
         for k in range(args.gradnorm_every):
-            grad_scale = scaler.scale(one) / len(x) if scaler.is_enabled() else 1.0
-            with autocast(args, x.device):
-                loss, *_ = objective(x, y, one, args.method == "gradnorm" and k == 0, grad_scale)
-            scaler.scale(loss).backward()
+            forward_backward(objective, scaler, x, y, ramp, args.method == "gradnorm" and k == 0, args)
             update(model, optimizer, scaler, args.clip_grad_norm)
 
     return step
