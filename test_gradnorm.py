@@ -646,6 +646,8 @@ def test_nan_stops_all_ranks_and_keeps_the_last_checkpoint(folder, tmp_path):
 
 
 def test_interrupt_ends_in_one_line(folder, tmp_path):
+    # A shell's "&" ignores SIGINT, which children inherit; a handler they do not.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     process = start(*flags_for(folder, tmp_path / "run"), "--epochs", "100000")
     while not (tmp_path / "run/metrics.jsonl").exists():
         assert process.poll() is None, process.communicate()
