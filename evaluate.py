@@ -19,7 +19,9 @@ import datetime
 import hashlib
 import json
 import math
+import os
 import pickle
+import statistics
 import time
 from bisect import bisect_left
 from pathlib import Path
@@ -396,7 +398,7 @@ def main():
     # A rank may wait for the slowest one longer than the default allows.
     device = train.start_process(args.device, timeout=datetime.timedelta(days=1))
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True  # rounding decides no verdict
-    states = {}
+    models, states = {}, {}
     try:
         models, x, y = load_models_and_images(args, device)
         states = {path: load_state(path, args, device) for path in args.checkpoints}
@@ -412,9 +414,9 @@ def main():
                     torch.save({"images": x.cpu(), "labels": y.cpu(), **found}, file)
             for path in states:
                 beside(path, args, ".state.pt").unlink(missing_ok=True)
-        print_table(states, args)
+        print_table(models, states, args)
     except KeyboardInterrupt:
-        print_table(states, args)
+        print_table(models, states, args)
         train.fail("interrupted; go on with --resume", 130)
     except train.BadImage as error:
         train.fail(error)
@@ -534,12 +536,21 @@ def write_result(path, config, state, args):
             file.write(json.dumps(result, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
-def print_table(states, args):
-    rows = [[f"{args.name}, {args.num_images} images", "clean", *(f"ε={label}" for label in args.eps)]]
+def print_table(models, states, args):
+    """A row a checkpoint, and mean ± standard deviation of those that differ in their seed alone."""
+    rows, repeats = [[f"{args.name}, {args.num_images} images", "clean", *(f"ε={label}" for label in args.eps)]], {}
     for path, state in states.items():
         if "turns" in state:
             partial = f" PARTIAL: {state['done']} of {state['turns']} attacks" * (state["done"] < state["turns"])
-            rows.append([f"{path}{partial}", *(f"{accuracy(state, eps):.2f}" for eps in [0, *args.radii])])
+            accuracies = [accuracy(state, eps) for eps in [0, *args.radii]]
+            rows.append([f"{path}{partial}", *(f"{value:.2f}" for value in accuracies)])
+            setting = json.dumps(models[path][1] | dict.fromkeys(["seed", "output_dir", "resume"]))
+            if not partial:
+                repeats.setdefault(setting, {})[str(path)] = accuracies
+    for repeat in repeats.values():
+        if len(repeat) > 1:
+            rows.append([f"{os.path.commonprefix([*repeat])}*, {len(repeat)} seeds",
+                         *(f"{statistics.mean(a):.2f} ± {statistics.stdev(a):.2f}" for a in zip(*repeat.values()))])
     if args.sweep is not None:
         rows = list(zip(*rows))  # a row an ε
     for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]] if RANK == 0 else []:

@@ -1386,6 +1386,21 @@ def test_evaluate_prints_a_table_and_writes_json(checkpoint, tmp_path, capsys):
     assert torch.equal(distance[wrong], found["radius"][wrong]) and 100 * (~wrong).double().mean() == all_of_it
 
 
+def test_seeds_of_one_setting_have_a_row_of_mean_and_standard_deviation(checkpoint, capsys):
+    saved = torch.load(checkpoint, weights_only=True)
+    paths = []
+    for name, seed, lr, keep in ("fast-0", 0, 0.01, 1), ("fast-1", 1, 0.01, 0), ("slow-0", 0, 0.001, 1):
+        paths.append(checkpoint.parent / f"{name}.pt")
+        model = {key: value * keep for key, value in saved["model"].items()}  # weights of 0 know one class of three
+        config = saved["config"] | {"seed": seed, "lr": lr, "output_dir": name}
+        torch.save(saved | {"model": model, "config": config}, paths[-1])
+    run(*paths, "--eps", "48/255", "--num-images", "12", "--device", "cpu", script=evaluate)
+    rows = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == [*map(str, paths), f"{checkpoint.parent}/fast-*, 2 seeds"]
+    high, low = (result(checkpoint.parent, f"fast-{seed}-pgd10-12.json")["clean_accuracy"] for seed in (0, 1))
+    assert high > low and rows[3][1] == f"{(high + low) / 2:.2f} ± {(high - low) / 2 ** 0.5:.2f}"
+
+
 def test_a_sweep_has_a_row_an_eps_and_never_rises(checkpoint, capsys, monkeypatch):
     take_turn, turns = evaluate.take_turn, []
     monkeypatch.setattr(evaluate, "take_turn", lambda turn, *args, **kwargs: (
