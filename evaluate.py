@@ -544,9 +544,8 @@ def print_table(models, states, args):
             partial = f" PARTIAL: {state['done']} of {state['turns']} attacks" * (state["done"] < state["turns"])
             accuracies = [accuracy(state, eps) for eps in [0, *args.radii]]
             rows.append([f"{path}{partial}", *(f"{value:.2f}" for value in accuracies)])
-            setting = json.dumps(models[path][1] | dict.fromkeys(["seed", "output_dir", "resume"]))
             if not partial:
-                repeats.setdefault(setting, {})[str(path)] = accuracies
+                repeats.setdefault(json.dumps(train.setting(models[path][1])), {})[str(path)] = accuracies
     for repeat in repeats.values():
         if len(repeat) > 1:
             rows.append([f"{os.path.commonprefix([*repeat])}*, {len(repeat)} seeds",

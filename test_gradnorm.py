@@ -1612,6 +1612,31 @@ def test_curves_hold_the_numbers_of_the_runs(runs):
     assert len({each["colour"] for each in loaded}) == 3
 
 
+def test_accuracy_against_the_weight_is_the_mean_of_its_seeds(runs, capsys):
+    def make(name, accuracy, **changes):
+        """A run with these changes to its configuration, and these accuracies."""
+        path = runs[1].parent / name
+        shutil.copytree(runs[1], path)
+        saved = torch.load(path / "checkpoint.pt", weights_only=True)
+        torch.save(saved | {"config": saved["config"] | changes}, path / "checkpoint.pt")
+        found = result(path, "pgd10-12.json") | {"clean_accuracy": accuracy, "robust_accuracy": [accuracy / 2, 0.0]}
+        (path / "pgd10-12.json").write_text(json.dumps(found))
+        return path
+
+    several = [make("a", 90.0, lambda_gn=2.0, lambda_ce=0.5), make("b", 80.0, lambda_gn=1.0, lambda_ce=0.5),
+               make("c", 60.0, lambda_gn=1.0, lambda_ce=0.5, seed=7), make("d", 40.0, method="natural"),
+               make("e", 30.0, method="adversarial")]
+    drawn = curves(visualize.weights(drawable(several)))
+    for style, hidden, share in ("-", "", 1), ("--", "_", 0.5):
+        x, y = drawn[hidden + "GradNorm", style, visualize.COLOURS["gradnorm"]]
+        assert list(x) == [0, 2, 4] and list(y) == [40 * share, 70 * share, 90 * share]
+        assert set(drawn[hidden + "adversarial", style, visualize.COLOURS["adversarial"]][1]) == {30 * share}
+    for changes, words in (({"h": 0.01, "lambda_gn": 1.0}, "differ in h, lambda_gn"), ({}, "differ in nothing"),
+                           ({"lambda_ce": 0.0}, "differ in lambda_ce")):
+        path = make(str(len(words)), 50.0, **changes)
+        assert words in fails(capsys, "weights", runs[1], path, script=visualize)
+
+
 def test_strips_are_the_kept_gradients(runs):
     figure = visualize.epochs(drawable(runs[:1]))
     strip = torch.from_numpy(figure.axes[0].get_images()[0].get_array().data)
@@ -1631,7 +1656,7 @@ def test_all_draws_what_it_can_and_says_what_it_cannot(runs, tmp_path, capsys):
         with Image.open(tmp_path / f"runs/{name}.png") as picture:
             assert picture.format == "PNG" and min(picture.size) > 300
         assert f"{name}.png" in output
-    assert errors == ""
+    assert errors.count("\n") == 1 and "weights.png: it takes GradNorm runs" in errors
     (runs[0] / "pgd2-sweep-12.json").write_text("{")
     (tmp_path / "runs/damaged").mkdir()
     (tmp_path / "runs/damaged/checkpoint.pt").write_bytes(b"half a file")
@@ -1639,7 +1664,7 @@ def test_all_draws_what_it_can_and_says_what_it_cannot(runs, tmp_path, capsys):
         file.write('{"epoch": 4, "loss"\n')
     run("all", tmp_path, "--output", tmp_path / "pictures", script=visualize)
     errors = capsys.readouterr().err.splitlines()
-    assert len(list((tmp_path / "pictures").iterdir())) == 4 and len(errors) == 4
+    assert len(list((tmp_path / "pictures").iterdir())) == 4 and len(errors) == 5
     assert "left out" in errors[0] and "damaged" in errors[0] and "metrics.jsonl, line 4" in errors[1]
     assert "pgd2-sweep-12.json is not" in errors[2] and "no " in errors[3] and "--sweep 32" in errors[3]
 

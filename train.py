@@ -697,6 +697,12 @@ def check_epoch(epoch):
             fail(f"the processes found checkpoints of epochs {epochs}: put --output-dir on a file system of them all")
 
 
+def setting(config):
+    """What two runs of one experiment, with different seeds, have in common of their configurations."""
+    its_own = ("seed", "output_dir", "resume", "data_dir", "device", "workers", "eval_images")
+    return {name: value for name, value in config.items() if name not in its_own}
+
+
 def load_checkpoint(path, device="cpu"):
     """The model of a checkpoint, in eval mode, and its configuration, a dict of train.py's flags, `classes` (names) and
     `channels`. The averaged weights if it was trained with --ema-decay. Raises ValueError on any other file."""

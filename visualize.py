@@ -5,6 +5,7 @@
     python visualize.py accuracy  runs/natural runs/gradnorm runs/adversarial    # clean and PGD-10 against the epoch
     python visualize.py sweep     runs/natural runs/gradnorm runs/adversarial    # PGD against ε, of evaluate.py --sweep
     python visualize.py cost      runs/natural runs/gradnorm runs/adversarial    # robustness against training time
+    python visualize.py weights   runs/natural runs/gradnorm-*                   # accuracy against λ_GN / λ_CE
     python visualize.py all       runs/                                          # all that the folder's runs allow
 
 A picture goes where --output says, else into the folder that holds the first run. Curves need matplotlib.
@@ -158,23 +159,14 @@ def sweep(runs):
 
 
 def cost(runs):
-    """Robust accuracy at the training ε against the time of training, a point a run: AutoAttack's where all runs have
-    it, else PGD's."""
+    """Robust accuracy against the time of training, a point a run."""
     figure, ax = curves()
-    eps = runs[0]["config"]["eps"]
-    results = [best_result(run, "autoattack-*.json", eps) for run in runs]
-    if None in results:
-        results = [best_result(run, "pgd*.json", eps) for run in runs]
-    times = []
-    for run, result in zip(runs, results):
-        if result is None:
-            raise CannotDraw(f"{run['path']} has no result at ε = {fraction(runs[0])}: python evaluate.py "
-                             f"{run['path']}/checkpoint.pt --eps {fraction(runs[0])}")
-        times.append(1e3 / statistics.median(column(run, "images_per_second")[1]))
-        robust = result["robust_accuracy"][result["radii"].index(eps)]
-        plot(ax, run, times[-1:], [robust], markersize=9, linestyle="none")
+    attack, _, robust = accuracies(runs)
+    times = [1e3 / statistics.median(column(run, "images_per_second")[1]) for run in runs]
+    for run, time, value in zip(runs, times, robust):
+        plot(ax, run, [time], [value], markersize=9, linestyle="none")
     ax.set(xlabel="training time (ms per image)", xlim=(0, 1.3 * max(times)), ylim=(-2, 102),
-           ylabel=f"{' and '.join(sorted(set(map(attack_name, results))))} accuracy (%), ε = {fraction(runs[0])}")
+           ylabel=f"{attack} accuracy (%), ε = {fraction(runs[0])}")
     adversarial = [time for run, time in zip(runs, times) if run["method"] == "adversarial"]
     if adversarial:
         percent = adversarial[0] / 100
@@ -184,7 +176,36 @@ def cost(runs):
     return figure
 
 
-PICTURES = {"gradients": gradients, "epochs": epochs, "accuracy": accuracy, "sweep": sweep, "cost": cost}
+def weights(runs):
+    """Clean (solid) and robust accuracy (dashed) against λ_GN / λ_CE, means of the seeds. Natural training is GradNorm
+    at 0; adversarial training has no such weight: a level line."""
+    attack, *both = accuracies(runs)
+    trained = [train.setting(run["config"]) for run in runs if run["method"] == "gradnorm"]
+    differ = {name for config in trained for name in config if config[name] != trained[0][name]}
+    if not differ or differ - {"lambda_gn", "lambda_ce"} or not all(config["lambda_ce"] for config in trained):
+        raise CannotDraw("it takes GradNorm runs that differ in --lambda-gn alone, and a --lambda-ce over 0; these "
+                         f"differ in {', '.join(sorted(differ)) or 'nothing'}")
+    figure, ax = curves()
+    for values, style, hidden in zip(both, ("-", "--"), ("", "_")):  # the legend leaves out what begins with _
+        points, level = {}, []
+        for run, value in zip(runs, values):
+            weight = run["config"]["lambda_gn"] / run["config"]["lambda_ce"] if run["method"] == "gradnorm" else 0.0
+            (level if run["method"] == "adversarial" else points.setdefault(weight, [])).append(value)
+        means = [statistics.mean(points[weight]) for weight in sorted(points)]
+        ax.plot(sorted(points), means, linestyle=style, marker="o", linewidth=2, color=COLOURS["gradnorm"],
+                label=hidden + NAMES["gradnorm"])
+        if level:
+            ax.axhline(statistics.mean(level), linestyle=style, linewidth=2, color=COLOURS["adversarial"],
+                       label=hidden + NAMES["adversarial"])
+    ax.plot([], [], color="black", label="clean")
+    ax.plot([], [], color="black", linestyle="--", label=f"{attack}\nε = {fraction(runs[0])}")
+    ax.set(xlabel="λ_GN / λ_CE", ylabel="accuracy (%)", ylim=(-2, 102))
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+PICTURES = {"gradients": gradients, "epochs": epochs, "accuracy": accuracy, "sweep": sweep, "cost": cost,
+            "weights": weights}
 
 
 # What they are made of
@@ -226,6 +247,21 @@ def best_result(run, pattern, eps=None):
     return max((result for result in run["results"]
                 if fnmatch(result["file"], pattern) and (eps is None or eps in result["radii"])),
                key=lambda result: (result["num_images"], result["steps"]), default=None)
+
+
+def accuracies(runs):
+    """The attack's name, and the clean and the robust accuracy of each run at the training ε of the first: AutoAttack's
+    where all runs have it, else PGD's."""
+    eps = runs[0]["config"]["eps"]
+    results = [best_result(run, "autoattack-*.json", eps) for run in runs]
+    if None in results:
+        results = [best_result(run, "pgd*.json", eps) for run in runs]
+    for run, result in zip(runs, results):
+        if result is None:
+            raise CannotDraw(f"{run['path']} has no result at ε = {fraction(runs[0])}: python evaluate.py "
+                             f"{run['path']}/checkpoint.pt --eps {fraction(runs[0])}")
+    return (" and ".join(sorted(set(map(attack_name, results)))), [result["clean_accuracy"] for result in results],
+            [result["robust_accuracy"][result["radii"].index(eps)] for result in results])
 
 
 def attack_name(result):
