@@ -697,10 +697,13 @@ def check_epoch(epoch):
             fail(f"the processes found checkpoints of epochs {epochs}: put --output-dir on a file system of them all")
 
 
+# Where a run is made; nothing of what it learns.
+PLACE = {"output_dir", "resume", "data_dir", "device", "workers"}
+
+
 def setting(config):
     """What two runs of one experiment, with different seeds, have in common of their configurations."""
-    its_own = ("seed", "output_dir", "resume", "data_dir", "device", "workers", "eval_images")
-    return {name: value for name, value in config.items() if name not in its_own}
+    return {name: value for name, value in config.items() if name not in PLACE | {"seed", "eval_images"}}
 
 
 def load_checkpoint(path, device="cpu"):
@@ -873,7 +876,7 @@ def parse_args():
                  if name in vars(args) and name not in ("resume", "output_dir")}
         parser.set_defaults(**saved)
         args = parser.parse_args()
-        for name in saved.keys() - {"data_dir", "device", "workers"}:
+        for name in saved.keys() - PLACE:
             if getattr(args, name) != saved[name]:
                 fail(f"--{name.replace('_', '-')} {getattr(args, name)} is not the checkpoint's {saved[name]}: resume "
                      f"{path} with its own settings, or choose another --output-dir")

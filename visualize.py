@@ -132,11 +132,8 @@ def accuracy(runs):
     for run in runs:
         plot(ax, run, *column(run, "clean_accuracy"))
         plot(ax, run, *column(run, "pgd10_accuracy"), linestyle="--", label="_")
-    ax.plot([], [], color="black", label="clean")
-    ax.plot([], [], color="black", linestyle="--",
-            label="PGD-10\nε = " + " and ".join(sorted({fraction(run) for run in runs})))
-    ax.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(-2, 102))
-    figure.legend(loc="outside right upper")
+    attacked = "PGD-10\nε = " + " and ".join(sorted({fraction(run) for run in runs}))
+    finish_accuracies(figure, ax, attacked, xlabel="epoch")
     return figure
 
 
@@ -179,28 +176,28 @@ def cost(runs):
 def weights(runs):
     """Clean (solid) and robust accuracy (dashed) against λ_GN / λ_CE, means of the seeds. Natural training is GradNorm
     at 0; adversarial training has no such weight: a level line."""
-    attack, *both = accuracies(runs)
-    trained = [train.setting(run["config"]) for run in runs if run["method"] == "gradnorm"]
-    differ = {name for config in trained for name in config if config[name] != trained[0][name]}
-    if not differ or differ - {"lambda_gn", "lambda_ce"} or not all(config["lambda_ce"] for config in trained):
+    attack, clean, robust = accuracies(runs)
+    settings = [train.setting(run["config"]) for run in runs if run["method"] == "gradnorm"]
+    differ = {name for setting in settings for name in setting if setting[name] != settings[0][name]}
+    if not differ or differ - {"lambda_gn", "lambda_ce"} or not all(setting["lambda_ce"] for setting in settings):
         raise CannotDraw("it takes GradNorm runs that differ in --lambda-gn alone, and a --lambda-ce over 0; these "
                          f"differ in {', '.join(sorted(differ)) or 'nothing'}")
-    figure, ax = curves()
-    for values, style, hidden in zip(both, ("-", "--"), ("", "_")):  # the legend leaves out what begins with _
-        points, level = {}, []
-        for run, value in zip(runs, values):
+    points, level = {}, []
+    for run, *both in zip(runs, clean, robust):
+        if run["method"] == "adversarial":
+            level.append(both)
+        else:
             weight = run["config"]["lambda_gn"] / run["config"]["lambda_ce"] if run["method"] == "gradnorm" else 0.0
-            (level if run["method"] == "adversarial" else points.setdefault(weight, [])).append(value)
-        means = [statistics.mean(points[weight]) for weight in sorted(points)]
+            points.setdefault(weight, []).append(both)
+    figure, ax = curves()
+    for i, style, hidden in (0, "-", ""), (1, "--", "_"):  # the legend leaves out what begins with _
+        means = [statistics.mean(both[i] for both in points[weight]) for weight in sorted(points)]
         ax.plot(sorted(points), means, linestyle=style, marker="o", linewidth=2, color=COLOURS["gradnorm"],
                 label=hidden + NAMES["gradnorm"])
         if level:
-            ax.axhline(statistics.mean(level), linestyle=style, linewidth=2, color=COLOURS["adversarial"],
-                       label=hidden + NAMES["adversarial"])
-    ax.plot([], [], color="black", label="clean")
-    ax.plot([], [], color="black", linestyle="--", label=f"{attack}\nε = {fraction(runs[0])}")
-    ax.set(xlabel="λ_GN / λ_CE", ylabel="accuracy (%)", ylim=(-2, 102))
-    figure.legend(loc="outside right upper")
+            ax.axhline(statistics.mean(both[i] for both in level), linestyle=style, linewidth=2,
+                       color=COLOURS["adversarial"], label=hidden + NAMES["adversarial"])
+    finish_accuracies(figure, ax, f"{attack}\nε = {fraction(runs[0])}", xlabel="λ_GN / λ_CE")
     return figure
 
 
@@ -227,6 +224,14 @@ def curves():
     figure, ax = matplotlib().subplots(figsize=(8, 4.5), layout="constrained")
     ax.grid(color="0.9")
     return figure, ax
+
+
+def finish_accuracies(figure, ax, attacked, xlabel):
+    """The axes and the legend of curves that are solid for clean accuracy, dashed for that under attack."""
+    ax.plot([], [], color="black", label="clean")
+    ax.plot([], [], color="black", linestyle="--", label=attacked)
+    ax.set(xlabel=xlabel, ylabel="accuracy (%)", ylim=(-2, 102))
+    figure.legend(loc="outside right upper")
 
 
 def plot(ax, run, x, y, **style):
