@@ -1608,21 +1608,39 @@ def test_curves_hold_the_numbers_of_the_runs(runs):
     for each, path in zip(loaded, runs):
         x, y = drawn[each["label"], "None", each["colour"]]
         assert list(y) == result(path, "pgd10-12.json")["robust_accuracy"][:1]
-        assert list(x) == [1000 / sorted(line["images_per_second"] for line in metrics(path))[1]]
+        assert list(x) == [3 * sorted(line["seconds"] for line in metrics(path))[1] / 60]
     assert len({each["colour"] for each in loaded}) == 3
 
 
-def test_accuracy_against_the_weight_is_the_mean_of_its_seeds(runs, capsys):
-    def make(name, accuracy, **changes):
-        """A run with these changes to its configuration, and these accuracies."""
+@pytest.fixture
+def make(runs):
+    """Makes a run of such accuracies and seconds an epoch, its configuration changed, and without a checkpoint."""
+    def make(name, accuracy, seconds=(1, 1, 1), **changes):
         path = runs[1].parent / name
         shutil.copytree(runs[1], path)
-        saved = torch.load(path / "checkpoint.pt", weights_only=True)
-        torch.save(saved | {"config": saved["config"] | changes}, path / "checkpoint.pt")
-        found = result(path, "pgd10-12.json") | {"clean_accuracy": accuracy, "robust_accuracy": [accuracy / 2, 0.0]}
+        (path / "checkpoint.pt").unlink()
+        found = result(path, "pgd10-12.json")
+        found |= {"clean_accuracy": accuracy, "robust_accuracy": [accuracy / 2, 0.0],
+                  "config": found["config"] | changes}
         (path / "pgd10-12.json").write_text(json.dumps(found))
+        lines = [{"epoch": epoch, "seconds": each} for epoch, each in enumerate(seconds, 1)]
+        (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return path
 
+    return make
+
+
+def test_cost_is_the_mean_of_its_seeds(make):
+    several = [make("fast-0", 80.0, seconds=(60, 600, 90)), make("fast-1", 60.0, seconds=(30, 60, 30), seed=1),
+               make("slow", 90.0, seconds=(60, 60), gradnorm_every=1, epochs=2), make("at", 90.0, method="adversarial")]
+    figure = visualize.cost(drawable(several))
+    drawn = {label: (list(x), list(y)) for (label, *_), (x, y) in curves(figure).items()}
+    assert drawn == {"fast, 2 seeds": ([3.0], [35.0]), "slow": ([2.0], [45.0]), "adversarial": ([0.05], [45.0])}
+    top, = figure.axes[0].child_axes
+    assert top.get_xlabel().startswith("of adversarial") and top._functions[0](0.1) == pytest.approx(200)
+
+
+def test_accuracy_against_the_weight_is_the_mean_of_its_seeds(runs, make, capsys):
     several = [make("a", 90.0, lambda_gn=2.0, lambda_ce=0.5), make("b", 80.0, lambda_gn=1.0, lambda_ce=0.5),
                make("c", 60.0, lambda_gn=1.0, lambda_ce=0.5, seed=7), make("d", 40.0, method="natural"),
                make("e", 30.0, method="adversarial")]
@@ -1660,6 +1678,7 @@ def test_all_draws_what_it_can_and_says_what_it_cannot(runs, tmp_path, capsys):
     (runs[0] / "pgd2-sweep-12.json").write_text("{")
     (tmp_path / "runs/damaged").mkdir()
     (tmp_path / "runs/damaged/checkpoint.pt").write_bytes(b"half a file")
+    (tmp_path / "runs/damaged/metrics.jsonl").touch()
     with open(runs[1] / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 4, "loss"\n')
     run("all", tmp_path, "--output", tmp_path / "pictures", script=visualize)

@@ -13,6 +13,7 @@ A picture goes where --output says, else into the folder that holds the first ru
 
 import argparse
 import json
+import os
 import statistics
 from fnmatch import fnmatch
 from pathlib import Path
@@ -41,11 +42,14 @@ class CannotDraw(Exception):
 def gradients(runs, count=6):
     """Rows: held-out images of different classes that all models classify rightly. Columns: the image, and ∇x L of each
     model with its L1 norm."""
-    models = [train.load_checkpoint(run["path"] / "checkpoint.pt")[0] for run in runs]
     config = runs[0]["config"]
     for run in runs:
         if any(run["config"][name] != config[name] for name in ("dataset", "classes", "val_images")):
             raise CannotDraw(f"{run['path']} and {runs[0]['path']} were trained on different data")
+    try:
+        models = [train.load_checkpoint(run["path"] / "checkpoint.pt")[0] for run in runs]
+    except ValueError as error:
+        raise CannotDraw(error) from None
     test_set = train.load_dataset(argparse.Namespace(**config), train=False)
     images, labels = train.held_out(test_set, min(200, len(test_set)))
     x = images.float() / 255
@@ -156,18 +160,25 @@ def sweep(runs):
 
 
 def cost(runs):
-    """Robust accuracy against the time of training, a point a run."""
+    """Robust accuracy against the time of training: a point a setting, the mean of its seeds."""
     figure, ax = curves()
     attack, _, robust = accuracies(runs)
-    times = [1e3 / statistics.median(column(run, "images_per_second")[1]) for run in runs]
-    for run, time, value in zip(runs, times, robust):
-        plot(ax, run, [time], [value], markersize=9, linestyle="none")
-    ax.set(xlabel="training time (ms per image)", xlim=(0, 1.3 * max(times)), ylim=(-2, 102),
+    repeats, times, shares = {}, [], []
+    for run, value in zip(runs, robust):
+        epoch, seconds = column(run, "seconds")
+        minutes = epoch[-1] * statistics.median(seconds) / 60  # the median leaves out what disturbed an epoch
+        repeats.setdefault(json.dumps(train.setting(run["config"])), []).append((run, minutes, value))
+    for repeat in repeats.values():
+        same, minutes, values = zip(*repeat)
+        name = os.path.commonprefix([run["label"] for run in same]).rstrip("-") or same[0]["label"]
+        times.append(statistics.mean(minutes))
+        plot(ax, same[0], times[-1:], [statistics.mean(values)], markersize=9, linestyle="none",
+             label=name + f", {len(same)} seeds" * (len(same) > 1))
+        shares += [times[-1] / 100] * (same[0]["method"] == "adversarial")
+    ax.set(xlabel="training time (minutes)", xlim=(0, 1.15 * max(times)), ylim=(-2, 102),
            ylabel=f"{attack} accuracy (%), ε = {fraction(runs[0])}")
-    adversarial = [time for run, time in zip(runs, times) if run["method"] == "adversarial"]
-    if adversarial:
-        percent = adversarial[0] / 100
-        top = ax.secondary_xaxis("top", functions=(lambda time: time / percent, lambda share: share * percent))
+    if shares:
+        top = ax.secondary_xaxis("top", functions=(lambda time: time / shares[0], lambda share: share * shares[0]))
         top.set_xlabel("of adversarial training's time (%)")
     figure.legend(loc="outside right upper")
     return figure
@@ -278,12 +289,9 @@ def fraction(run):
 
 
 def load_run(path):
-    """A run's folder: its configuration, its metrics (a dict an epoch), its results of evaluate.py, how it is drawn."""
+    """A run's folder: its configuration, its metrics (a dict an epoch), its results of evaluate.py, how it is drawn.
+    Only without results is the checkpoint read: they are enough for the curves, where they are kept alone."""
     path = path.parent if path.is_file() else path
-    try:
-        config = train.read_checkpoint(path / "checkpoint.pt")["config"]
-    except ValueError as error:
-        raise CannotDraw(error) from None
     metrics, file = [], path / "metrics.jsonl"
     for number, text in enumerate(file.read_bytes().splitlines() if file.exists() else [], 1):
         try:
@@ -296,10 +304,14 @@ def load_run(path):
     for file in sorted(path.glob("*.json")):
         try:
             result = json.loads(file.read_bytes()) | {"file": file.name}
-            result["num_images"], result["steps"], zip(result["radii"], result["robust_accuracy"])
+            zip(result["radii"], result["robust_accuracy"]), result["num_images"], result["steps"], result["config"]
             results.append(result)
         except (ValueError, TypeError, KeyError):
             train.warn(f"{file} is not a result of evaluate.py: skipped")
+    try:
+        config = results[0]["config"] if results else train.read_checkpoint(path / "checkpoint.pt")["config"]
+    except ValueError as error:
+        raise CannotDraw(error) from None
     method = config["method"]
     return {"path": path, "config": config, "metrics": metrics, "results": results, "method": method,
             "colour": COLOURS[method], "label": NAMES[method], "marker": "o"}
@@ -355,7 +367,7 @@ def main():
 def draw_all(args):
     """All pictures of each folder that holds runs, of all its runs together."""
     folders = {}
-    for path in sorted({path.parent for folder in args.runs for path in folder.rglob("checkpoint.pt")}):
+    for path in sorted({path.parent for folder in args.runs for path in folder.rglob("metrics.jsonl")}):
         try:
             folders.setdefault(path.parent, []).append(load_run(path))
         except CannotDraw as error:
