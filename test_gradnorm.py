@@ -1686,6 +1686,11 @@ def test_all_draws_what_it_can_and_says_what_it_cannot(runs, tmp_path, capsys):
     assert len(list((tmp_path / "pictures").iterdir())) == 4 and len(errors) == 5
     assert "left out" in errors[0] and "damaged" in errors[0] and "metrics.jsonl, line 4" in errors[1]
     assert "pgd2-sweep-12.json is not" in errors[2] and "no " in errors[3] and "--sweep 32" in errors[3]
+    for path in runs:
+        (path / "checkpoint.pt").unlink()
+    run("all", tmp_path, "--output", tmp_path / "kept", script=visualize)
+    assert {path.stem for path in (tmp_path / "kept").iterdir()} == {"epochs", "accuracy", "cost"}
+    assert "gradients.png: no checkpoint at" in capsys.readouterr().err
 
 
 def test_runs_of_one_method_are_told_apart(runs):
