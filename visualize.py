@@ -163,7 +163,7 @@ def cost(runs):
     """Robust accuracy against the time of training: a point a setting, the mean of its seeds."""
     figure, ax = curves()
     attack, _, robust = accuracies(runs)
-    repeats, times, shares = {}, [], []
+    repeats, times, adversarial = {}, [], []
     for run, value in zip(runs, robust):
         epoch, seconds = column(run, "seconds")
         minutes = epoch[-1] * statistics.median(seconds) / 60  # the median leaves out what disturbed an epoch
@@ -174,11 +174,13 @@ def cost(runs):
         times.append(statistics.mean(minutes))
         plot(ax, same[0], times[-1:], [statistics.mean(values)], markersize=9, linestyle="none",
              label=name + f", {len(same)} seeds" * (len(same) > 1))
-        shares += [times[-1] / 100] * (same[0]["method"] == "adversarial")
+        if same[0]["method"] == "adversarial":
+            adversarial.append(times[-1])
     ax.set(xlabel="training time (minutes)", xlim=(0, 1.15 * max(times)), ylim=(-2, 102),
            ylabel=f"{attack} accuracy (%), ε = {fraction(runs[0])}")
-    if shares:
-        top = ax.secondary_xaxis("top", functions=(lambda time: time / shares[0], lambda share: share * shares[0]))
+    if adversarial:
+        percent = adversarial[0] / 100
+        top = ax.secondary_xaxis("top", functions=(lambda time: time / percent, lambda share: share * percent))
         top.set_xlabel("of adversarial training's time (%)")
     figure.legend(loc="outside right upper")
     return figure
@@ -304,7 +306,8 @@ def load_run(path):
     for file in sorted(path.glob("*.json")):
         try:
             result = json.loads(file.read_bytes()) | {"file": file.name}
-            zip(result["radii"], result["robust_accuracy"]), result["num_images"], result["steps"], result["config"]
+            result["num_images"], result["steps"], zip(result["radii"], result["robust_accuracy"])
+            COLOURS[result["config"]["method"]]
             results.append(result)
         except (ValueError, TypeError, KeyError):
             train.warn(f"{file} is not a result of evaluate.py: skipped")
