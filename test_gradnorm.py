@@ -423,7 +423,7 @@ def test_compiled_objective_equals_eager(flags):
         results = []
         for objective in (eager, compiled):
             torch.manual_seed(1)  # of PGD's random start
-            loss, *terms = objective(x, y, ramp, "adversarial" not in flags)
+            loss, *terms = objective(x, y, eager.args.method, ramp)
             results.append((loss.detach(), *terms, gradients(loss, model)))
         torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
 
@@ -451,7 +451,7 @@ def ddp_gradients(rank, store, penalty):
     model, (x, y) = smooth_model(), batch(8)
     objective = train.Objective(model, settings("--penalty", penalty, "--eps", "0.1"))
     objective = nn.parallel.DistributedDataParallel(objective)
-    objective(x[rank::2], y[rank::2], torch.tensor(1.0).double(), True)[0].backward()
+    objective(x[rank::2], y[rank::2], "gradnorm", torch.tensor(1.0).double())[0].backward()
     torch.save([p.grad for p in model.parameters()], f"{store}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -462,7 +462,7 @@ def test_two_processes_have_the_gradient_of_one(tmp_path, penalty):
     torch.manual_seed(0)
     model, (x, y) = smooth_model(), batch(8)
     objective = train.Objective(model, settings("--penalty", penalty, "--eps", "0.1"))
-    objective(x, y, torch.tensor(1.0).double(), True)[0].backward()
+    objective(x, y, "gradnorm", torch.tensor(1.0).double())[0].backward()
     for rank in (0, 1):
         for gradient, p in zip(torch.load(tmp_path / f"{rank}.pt"), model.parameters()):
             torch.testing.assert_close(gradient, p.grad, rtol=1e-12, atol=1e-16)
@@ -545,10 +545,11 @@ def test_a_run_leaves_what_it_promises(folder, tmp_path, capsys):
     torch.testing.assert_close(kept["gradients"].float(), expected, rtol=1e-2, atol=1e-8)
 
 
-def test_training_step_is_the_equation(folder, tmp_path):
+@pytest.mark.parametrize("natural_epochs", [0, 1])
+def test_training_step_is_the_equation(folder, tmp_path, natural_epochs):
     """Two epochs of SGD, rewritten in a few lines with none of train.py's loop."""
     run(*flags_for(folder, tmp_path), "--optimizer", "sgd", "--lr", "0.1", "--clip-grad-norm", "0.5",
-        "--gradnorm-every", "2", "--weight-decay", "0.01", "--ema-decay", "0.8")
+        "--gradnorm-every", "2", "--weight-decay", "0.01", "--ema-decay", "0.8", "--natural-epochs", natural_epochs)
     torch.manual_seed(0)
     model = train.build_model("convnet", 3, 3)
     data = train.load_dataset(argparse.Namespace(**saved(tmp_path, "config")), train=True)
@@ -561,7 +562,7 @@ def test_training_step_is_the_equation(folder, tmp_path):
         rise, fall = min(1, step / 3), (1 + math.cos(math.pi * max(step - 3, 0) / 3)) / 2
         chosen = order[16 * step:16 * step + 16]
         x, y = torch.stack([data[i][0] for i in chosen]).float() / 255, torch.tensor([data[i][1] for i in chosen])
-        if step % 2 == 0:  # twice the weight, times the ramp
+        if step >= 3 * natural_epochs and step % 2 == 0:  # twice the weight, times the ramp
             loss = gradnorm_loss(model, x, y, lambda_gn=2 * 1.2 * rise, eps=8 / 255)
         else:
             loss = 0.8 * F.cross_entropy(model(x), y)
@@ -577,6 +578,17 @@ def test_training_step_is_the_equation(folder, tmp_path):
     torch.testing.assert_close(trained, weights, rtol=1e-4, atol=1e-6)
     averaged, _ = train.load_checkpoint(tmp_path / "checkpoint.pt")
     torch.testing.assert_close(nn.utils.parameters_to_vector(averaged.parameters()), average, rtol=1e-4, atol=1e-6)
+
+
+def test_natural_epochs_are_those_of_natural_training(folder, tmp_path):
+    run(*flags_for(folder, tmp_path / "natural"), "--method", "natural")
+    expected = metrics(tmp_path / "natural")
+    for method in ("gradnorm", "adversarial"):
+        run(*flags_for(folder, tmp_path / method), "--method", method, "--natural-epochs", "1", "--lambda-ce", "1")
+        first, second = metrics(tmp_path / method)
+        for name in ("loss", "penalty", "clean_accuracy", "pgd10_accuracy", "gradient_norm"):
+            assert first[name] == expected[0][name], name
+        assert second["loss"] > expected[1]["loss"] and (second["penalty"] is not None) == (method == "gradnorm")
 
 
 def test_two_processes_or_two_accumulated_batches_train_as_one(folder, tmp_path):
@@ -852,6 +864,7 @@ def test_pretrained_head_is_replaced_for_other_classes_alone(monkeypatch, name):
     (["--steps", "-1"], ["--steps", "-1"]),
     (["--epochs", "-5"], ["--epochs", "-5"]),
     (["--epochs", "1.5"], ["--epochs", "1.5"]),
+    (["--natural-epochs", "2"], ["--natural-epochs 2", "2 epochs"]),
     (["--batch-size", "49"], ["--batch-size 49", "48 training images"]),
     (["--batch-size", "25", "--accumulate", "2"], ["--accumulate 2", "48 training images"]),
     (["--val-images", "48"], ["--val-images 48", "48 training images"]),
@@ -1608,7 +1621,7 @@ def test_curves_hold_the_numbers_of_the_runs(runs):
     for each, path in zip(loaded, runs):
         x, y = drawn[each["label"], "None", each["colour"]]
         assert list(y) == result(path, "pgd10-12.json")["robust_accuracy"][:1]
-        assert list(x) == [3 * sorted(line["seconds"] for line in metrics(path))[1] / 60]
+        assert list(x) == [sum(line["seconds"] for line in metrics(path)) / 60]
     assert len({each["colour"] for each in loaded}) == 3
 
 
@@ -1631,7 +1644,7 @@ def make(runs):
 
 
 def test_cost_is_the_mean_of_its_seeds(make):
-    several = [make("fast-0", 80.0, seconds=(60, 600, 90)), make("fast-1", 60.0, seconds=(30, 60, 30), seed=1),
+    several = [make("fast-0", 80.0, seconds=(30, 30, 150)), make("fast-1", 60.0, seconds=(30, 60, 60), seed=1),
                make("slow", 90.0, seconds=(60, 60), gradnorm_every=1, epochs=2), make("at", 90.0, method="adversarial")]
     figure = visualize.cost(drawable(several))
     drawn = {label: (list(x), list(y)) for (label, *_), (x, y) in curves(figure).items()}

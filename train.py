@@ -61,11 +61,11 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.args = model, args
 
-    def forward(self, x, y, ramp, regularise, grad_scale=1.0):
-        """The loss, and, detached, its terms: cross-entropy and penalty. `ramp` rises from 0 to 1 in the warm-up;
-        `regularise` says whether this step has the penalty."""
+    def forward(self, x, y, method, ramp, grad_scale=1.0):
+        """The loss, and, detached, its terms: cross-entropy and penalty. `method` is this step's: in a training by
+        another method some steps are natural. `ramp` rises from 0 to 1 in the warm-up."""
         args = self.args
-        if regularise:
+        if method == "gradnorm":
             loss = gradnorm_loss
             if args.penalty == "finite-difference":
                 loss = partial(gradnorm_loss_finite_difference, h=args.h)
@@ -73,7 +73,7 @@ class Objective(nn.Module):
             return loss(self.model, x, y, lambda_ce=args.lambda_ce,
                         lambda_gn=args.lambda_gn * args.gradnorm_every * ramp,
                         eps=args.eps, grad_scale=grad_scale, return_terms=True)
-        if args.method == "adversarial":  # the paper's step for PGD-3 is 2ε/3
+        if method == "adversarial":  # the paper's step for PGD-3 is 2ε/3
             x = pgd_attack(self.model, x, y, eps=args.eps, steps=args.steps,
                            step_size=2 * args.eps / max(args.steps, 1) * ramp, grad_scale=grad_scale)
         cross_entropy = F.cross_entropy(self.model(x).float(), y)
@@ -89,7 +89,8 @@ def train(args, checkpoint, device):
     mix = mixup_or_cutmix(len(train_set.classes)) if args.augment == "strong" else lambda x, y: (x, y)
     eval_images, eval_labels = held_out(test_set, args.eval_images, RANK, WORLD_SIZE)
     steps_per_epoch = len(loader) // args.accumulate
-    warmup_steps, total_steps = round(args.warmup_epochs * steps_per_epoch), args.epochs * steps_per_epoch
+    natural_steps, warmup_steps, total_steps = (
+        round(epochs * steps_per_epoch) for epochs in (args.natural_epochs, args.warmup_epochs, args.epochs))
 
     objective = Objective(model, args)
     if args.compile:
@@ -134,15 +135,16 @@ def train(args, checkpoint, device):
                 group["lr"] = lr
             one = torch.ones((), device=device)
             ramp = one * min(1.0, step / max(warmup_steps, 1))
-            regularise = args.method == "gradnorm" and step % args.gradnorm_every == 0
+            between_penalties = args.method == "gradnorm" and step % args.gradnorm_every > 0
+            method = "natural" if step < natural_steps or between_penalties else args.method
             for micro_step in range(args.accumulate):
                 x, y = next(batches)
                 x, y = x.to(device, non_blocking=True).float() / 255, y.to(device, non_blocking=True)
                 x, y = mix(x, y)
                 last = micro_step == args.accumulate - 1
                 with contextlib.nullcontext() if last or WORLD_SIZE == 1 else objective.no_sync():
-                    loss, cross_entropy, penalty = forward_backward(objective, scaler, x, y, ramp, regularise, args)
-                terms = torch.stack([loss, cross_entropy, penalty, one, one * regularise])
+                    loss, cross_entropy, penalty = forward_backward(objective, scaler, x, y, method, ramp, args)
+                terms = torch.stack([loss, cross_entropy, penalty, one, one * (method == "gradnorm")])
                 sums += torch.where(terms.isfinite().all(), terms, 0)  # GradScaler will skip an overflow
             norm = update(model, optimizer, scaler, args.clip_grad_norm)
             # DDP averages a nan into every rank's gradients: all ranks stop here together.
@@ -179,13 +181,13 @@ def train(args, checkpoint, device):
             print_epoch(metrics[-1], args.epochs)
 
 
-def forward_backward(objective, scaler, x, y, ramp, regularise, args):
+def forward_backward(objective, scaler, x, y, method, ramp, args):
     """Adds the objective's gradient, scaled, to those of the parameters. Returns the loss and its terms, detached."""
     # The inner gradient is that of one example's loss, N times the scaled loss's.
     grad_scale = scaler.scale(torch.ones_like(ramp)) / len(x) if scaler.is_enabled() else 1.0
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
     with torch.autocast(x.device.type, dtype, enabled=args.amp != "off"):
-        loss, cross_entropy, penalty = objective(x, y, ramp, regularise, grad_scale)
+        loss, cross_entropy, penalty = objective(x, y, method, ramp, grad_scale)
     scaler.scale(loss / args.accumulate).backward()
     return loss.detach(), cross_entropy, penalty
 
@@ -666,7 +668,7 @@ def make_step(args, model, optimizer, x, y):
     def step():
         train_mode(model, args.freeze_bn)
         for k in range(args.gradnorm_every):
-            forward_backward(objective, scaler, x, y, ramp, args.method == "gradnorm" and k == 0, args)
+            forward_backward(objective, scaler, x, y, args.method if k == 0 else "natural", ramp, args)
             update(model, optimizer, scaler, args.clip_grad_norm)
 
     return step
@@ -816,6 +818,8 @@ def parse_args():
     add("--h", type=radius, metavar="H", help="gradnorm: step of the finite difference in pixels; ε/2 if not given")
     add("--gradnorm-every", default=1, type=count, metavar="K",
         help="gradnorm: penalty in every K-th step alone, with K times the weight")
+    add("--natural-epochs", default=0, type=weight, metavar="N",
+        help="gradnorm, adversarial: train naturally for the first N epochs, which takes a third of the time")
     add("--steps", default=3, type=number(int, 0), metavar="N", help="adversarial: steps of PGD, of size 2ε/N")
 
     add = parser.add_argument_group("data and model").add_argument
@@ -885,6 +889,9 @@ def parse_args():
             fail(f"{path} was trained by {world_size} processes: resume it with as many, not {WORLD_SIZE}")
     if args.pretrained and args.model == "convnet":
         fail("--pretrained: convnet has no ImageNet weights; choose another --model")
+    if args.natural_epochs >= args.epochs:
+        fail(f"--natural-epochs {args.natural_epochs:g} leaves none of the {args.epochs} epochs to --method "
+             f"{args.method}: lower it")
     if args.eval_images < WORLD_SIZE:
         fail(f"--eval-images {args.eval_images}: {WORLD_SIZE} processes need an image each")
     if args.benchmark and WORLD_SIZE > 1:
