@@ -669,12 +669,18 @@ def test_interrupt_ends_in_one_line(folder, tmp_path):
     assert process.returncode == 130 and len(errors.splitlines()) == 1 and "--resume" in errors
 
 
-def test_frozen_batchnorm_keeps_its_statistics(folder, tmp_path):
-    for freeze in (True, False):
-        run(*flags_for(folder, tmp_path / str(freeze)), "--model", "resnet18", "--epochs", "1", "--image-size", "32",
-            "--batch-size", "4", "--eval-images", "1", *["--freeze-bn"] * freeze)
-        means = torch.cat([v for name, v in saved(tmp_path / str(freeze)).items() if name.endswith("running_mean")])
-        assert (means == 0).all() == freeze
+@pytest.mark.parametrize("flags, updates", [
+    (["--epochs", "1"], 12),
+    (["--epochs", "1", "--freeze-bn"], 0),
+    (["--epochs", "2", "--freeze-bn", "--natural-epochs", "1"], 12),
+])
+def test_frozen_batchnorm_keeps_its_statistics(folder, tmp_path, flags, updates):
+    run(*flags_for(folder, tmp_path), "--model", "resnet18", "--image-size", "32", "--batch-size", "4",
+        "--eval-images", "1", *flags)
+    weights = saved(tmp_path)
+    assert {int(v) for name, v in weights.items() if name.endswith("num_batches_tracked")} == {updates}
+    means = torch.cat([v for name, v in weights.items() if name.endswith("running_mean")])
+    assert (means == 0).all() == (updates == 0)
 
 
 @pytest.mark.parametrize("method", ["natural", "gradnorm", "adversarial"])

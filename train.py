@@ -89,8 +89,7 @@ def train(args, checkpoint, device):
     mix = mixup_or_cutmix(len(train_set.classes)) if args.augment == "strong" else lambda x, y: (x, y)
     eval_images, eval_labels = held_out(test_set, args.eval_images, RANK, WORLD_SIZE)
     steps_per_epoch = len(loader) // args.accumulate
-    natural_steps, warmup_steps, total_steps = (
-        round(epochs * steps_per_epoch) for epochs in (args.natural_epochs, args.warmup_epochs, args.epochs))
+    warmup_steps, total_steps = round(args.warmup_epochs * steps_per_epoch), args.epochs * steps_per_epoch
 
     objective = Objective(model, args)
     if args.compile:
@@ -124,7 +123,7 @@ def train(args, checkpoint, device):
         # Every epoch is a function of (seed, epoch, rank): a resumed run needs no random state but these.
         torch.manual_seed(int(np.random.SeedSequence([args.seed, epoch, RANK]).generate_state(1)[0]))
         loader.sampler.set_epoch(epoch)
-        train_mode(model, args.freeze_bn)
+        train_mode(model, args.freeze_bn and epoch >= args.natural_epochs)
         sums = torch.zeros(5, device=device)
         start = time.perf_counter()
         batches = iter(loader)
@@ -136,7 +135,7 @@ def train(args, checkpoint, device):
             one = torch.ones((), device=device)
             ramp = one * min(1.0, step / max(warmup_steps, 1))
             between_penalties = args.method == "gradnorm" and step % args.gradnorm_every > 0
-            method = "natural" if step < natural_steps or between_penalties else args.method
+            method = "natural" if epoch < args.natural_epochs or between_penalties else args.method
             for micro_step in range(args.accumulate):
                 x, y = next(batches)
                 x, y = x.to(device, non_blocking=True).float() / 255, y.to(device, non_blocking=True)
@@ -818,8 +817,8 @@ def parse_args():
     add("--h", type=radius, metavar="H", help="gradnorm: step of the finite difference in pixels; ε/2 if not given")
     add("--gradnorm-every", default=1, type=count, metavar="K",
         help="gradnorm: penalty in every K-th step alone, with K times the weight")
-    add("--natural-epochs", default=0, type=weight, metavar="N",
-        help="gradnorm, adversarial: train naturally for the first N epochs, which takes a third of the time")
+    add("--natural-epochs", default=0, type=number(int, 0), metavar="N",
+        help="gradnorm, adversarial: the first N epochs are of natural training, which is cheap")
     add("--steps", default=3, type=number(int, 0), metavar="N", help="adversarial: steps of PGD, of size 2ε/N")
 
     add = parser.add_argument_group("data and model").add_argument
@@ -837,7 +836,8 @@ def parse_args():
         help="convnet, or any classification model of torchvision, such as resnet50, swin_b or vit_b_16")
     add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
     add("--activation", choices=list(ACTIVATIONS), help="replace every ReLU, GELU and SiLU of the model by this")
-    add("--freeze-bn", action="store_true", help="keep BatchNorm in eval mode, as the paper does for ResNets")
+    add("--freeze-bn", action="store_true",
+        help="keep BatchNorm in eval mode, after --natural-epochs: the paper's ResNets are trained naturally first")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", default=8, type=count, metavar="N", help="passes over the training images")
@@ -890,7 +890,7 @@ def parse_args():
     if args.pretrained and args.model == "convnet":
         fail("--pretrained: convnet has no ImageNet weights; choose another --model")
     if args.natural_epochs >= args.epochs:
-        fail(f"--natural-epochs {args.natural_epochs:g} leaves none of the {args.epochs} epochs to --method "
+        fail(f"--natural-epochs {args.natural_epochs} leaves none of the {args.epochs} epochs to --method "
              f"{args.method}: lower it")
     if args.eval_images < WORLD_SIZE:
         fail(f"--eval-images {args.eval_images}: {WORLD_SIZE} processes need an image each")
