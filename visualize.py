@@ -125,6 +125,7 @@ def epochs(runs, columns=10):
     curve.yaxis.set_major_formatter("{x:g}")
     curve.yaxis.set_minor_locator(plt.NullLocator())
     curve.set(xlabel="epoch", ylabel="mean ‖∇x L‖₁ (pixels in [0, 1])")
+    curve.locator_params(axis="x", integer=True)
     curve.grid(color="0.9")
     curve.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
@@ -136,6 +137,7 @@ def accuracy(runs):
     for run in runs:
         plot(ax, run, *column(run, "clean_accuracy"))
         plot(ax, run, *column(run, "pgd10_accuracy"), linestyle="--", label="_")
+    ax.locator_params(axis="x", integer=True)
     attacked = "PGD-10\nε = " + " and ".join(sorted({fraction(run) for run in runs}))
     finish_accuracies(figure, ax, attacked, xlabel="epoch")
     return figure
