@@ -411,6 +411,26 @@ def test_cross_entropy_of_a_bfloat16_model_is_float32(loss):
     assert loss(smooth_model().bfloat16(), x.bfloat16(), y).dtype == torch.float32
 
 
+def test_halves_of_the_alternating_penalty_are_the_finite_difference():
+    """With no step of the optimiser in between, their losses, terms and gradients add up to it."""
+    model, (x, y) = smooth_model(), batch()
+    flags = ["--lambda-ce", "0.9", "--lambda-gn", "0.2", "--gradnorm-every", "3", "--eps", "0.1", "--h", "0.15"]
+    objective = train.Objective(model, settings(*flags, "--penalty", "alternating"))
+    x.requires_grad_()
+    ramp = torch.tensor(0.7).double()
+    first = objective(x, y, "first half", ramp)
+    first[0].backward()
+    moved = x.detach() + 0.15 * x.grad.sign()
+    second = objective(moved, y, "second half", ramp)
+    second[0].backward()
+    expected = gradnorm_loss_finite_difference(model, x.detach(), y, lambda_ce=0.9, lambda_gn=0.7 * 3 * 0.2, eps=0.1,
+                                               h=0.15, return_terms=True)
+    halves = torch.stack([a + b for a, b in zip(first, second)])
+    torch.testing.assert_close(halves, torch.stack(expected), check_dtype=False)
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(gradient, gradients(expected[0], model), rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("flags", [[], ["--penalty", "finite-difference"], ["--method", "adversarial"]])
 def test_compiled_objective_equals_eager(flags):
     model = torchvision.models.VisionTransformer(image_size=16, patch_size=8, num_layers=1, num_heads=2, hidden_dim=16,
@@ -545,11 +565,12 @@ def test_a_run_leaves_what_it_promises(folder, tmp_path, capsys):
     torch.testing.assert_close(kept["gradients"].float(), expected, rtol=1e-2, atol=1e-8)
 
 
-@pytest.mark.parametrize("natural_epochs", [0, 1])
-def test_training_step_is_the_equation(folder, tmp_path, natural_epochs):
+@pytest.mark.parametrize("penalty,natural_epochs", [("double-backprop", 0), ("double-backprop", 1), ("alternating", 0)])
+def test_training_step_is_the_equation(folder, tmp_path, penalty, natural_epochs):
     """Two epochs of SGD, rewritten in a few lines with none of train.py's loop."""
     run(*flags_for(folder, tmp_path), "--optimizer", "sgd", "--lr", "0.1", "--clip-grad-norm", "0.5",
-        "--gradnorm-every", "2", "--weight-decay", "0.01", "--ema-decay", "0.8", "--natural-epochs", natural_epochs)
+        "--gradnorm-every", "2", "--weight-decay", "0.01", "--ema-decay", "0.8", "--natural-epochs", natural_epochs,
+        "--penalty", penalty, "--lambda-gn", "0.3", "--h", "8/255")
     torch.manual_seed(0)
     model = train.build_model("convnet", 3, 3)
     data = train.load_dataset(argparse.Namespace(**saved(tmp_path, "config")), train=True)
@@ -557,25 +578,37 @@ def test_training_step_is_the_equation(folder, tmp_path, natural_epochs):
     for epoch in (0, 1):
         sampler.set_epoch(epoch)
         order += list(sampler)
-    velocity, average = [0] * len(list(model.parameters())), None
+    velocity, average, losses = [0] * len(list(model.parameters())), None, [0] * 6
     for step in range(6):  # three of warm-up, three of cosine
         rise, fall = min(1, step / 3), (1 + math.cos(math.pi * max(step - 3, 0) / 3)) / 2
         chosen = order[16 * step:16 * step + 16]
         x, y = torch.stack([data[i][0] for i in chosen]).float() / 255, torch.tensor([data[i][1] for i in chosen])
-        if step >= 3 * natural_epochs and step % 2 == 0:  # twice the weight, times the ramp
-            loss = gradnorm_loss(model, x, y, lambda_gn=2 * 1.2 * rise, eps=8 / 255)
+
+        def descend(loss):
+            losses[step] += loss.item()
+            gradient = torch.autograd.grad(loss, list(model.parameters()))
+            norm = torch.cat([g.flatten() for g in gradient]).norm()
+            with torch.no_grad():
+                for i, (p, g) in enumerate(zip(model.parameters(), gradient)):
+                    velocity[i] = 0.9 * velocity[i] + g * min(1, 0.5 / norm) + 0.01 * p * (p.ndim > 1)
+                    p -= (1e-5 + (0.1 - 1e-5) * rise * fall) * velocity[i]
+
+        lambda_gn = 2 * 0.3 * rise  # twice the weight, times the ramp
+        if step < 3 * natural_epochs or step % 2:
+            descend(0.8 * F.cross_entropy(model(x), y))
+        elif penalty == "double-backprop":
+            descend(gradnorm_loss(model, x, y, lambda_gn=lambda_gn, eps=8 / 255))
         else:
-            loss = 0.8 * F.cross_entropy(model(x), y)
-        gradient = torch.autograd.grad(loss, list(model.parameters()))
-        norm = torch.cat([g.flatten() for g in gradient]).norm()
+            sign = input_gradient(model, x, y).sign()
+            descend((0.8 - lambda_gn) * F.cross_entropy(model(x), y))  # h = ε
+            descend(lambda_gn * F.cross_entropy(model(x + 8 / 255 * sign), y))
         with torch.no_grad():
-            for i, (p, g) in enumerate(zip(model.parameters(), gradient)):
-                velocity[i] = 0.9 * velocity[i] + g * min(1, 0.5 / norm) + 0.01 * p * (p.ndim > 1)
-                p -= (1e-5 + (0.1 - 1e-5) * rise * fall) * velocity[i]
             weights = nn.utils.parameters_to_vector(model.parameters())
             average = weights if average is None else 0.8 * average + 0.2 * weights
     trained = torch.cat([w.flatten() for name, w in saved(tmp_path).items() if name not in ("0.mean", "0.std")])
     torch.testing.assert_close(trained, weights, rtol=1e-4, atol=1e-6)
+    for epoch, line in enumerate(metrics(tmp_path)):
+        assert line["loss"] == pytest.approx(sum(losses[3 * epoch:3 * epoch + 3]) / 3, rel=1e-4)
     averaged, _ = train.load_checkpoint(tmp_path / "checkpoint.pt")
     torch.testing.assert_close(nn.utils.parameters_to_vector(averaged.parameters()), average, rtol=1e-4, atol=1e-6)
 
@@ -591,8 +624,9 @@ def test_natural_epochs_are_those_of_natural_training(folder, tmp_path):
         assert second["loss"] > expected[1]["loss"] and (second["penalty"] is not None) == (method == "gradnorm")
 
 
-def test_two_processes_or_two_accumulated_batches_train_as_one(folder, tmp_path):
-    common = ["--optimizer", "sgd", "--lr", "0.1"]
+@pytest.mark.parametrize("penalty", ["double-backprop", "alternating"])
+def test_two_processes_or_two_accumulated_batches_train_as_one(folder, tmp_path, penalty):
+    common = ["--optimizer", "sgd", "--lr", "0.1", "--penalty", penalty, "--lambda-gn", "0.4", "--h", "8/255"]
     run(*flags_for(folder, tmp_path / "one"), *common)
     run(*flags_for(folder, tmp_path / "accumulated"), *common, "--batch-size", "8", "--accumulate", "2")
     two = start(*flags_for(folder, tmp_path / "two"), *common, "--batch-size", "8", launcher=TORCHRUN)
@@ -683,10 +717,11 @@ def test_frozen_batchnorm_keeps_its_statistics(folder, tmp_path, flags, updates)
     assert (means == 0).all() == (updates == 0)
 
 
-@pytest.mark.parametrize("method", ["natural", "gradnorm", "adversarial"])
+@pytest.mark.parametrize("flags", [["--method", "natural"], ["--method", "gradnorm"], ["--method", "adversarial"],
+                                   ["--penalty", "alternating", "--lambda-gn", "0.4", "--h", "8/255"]])
 @pytest.mark.parametrize("amp", ["fp16", "bf16"])
-def test_each_method_trains_in_mixed_precision(folder, tmp_path, method, amp):
-    run(*flags_for(folder, tmp_path), "--method", method, "--amp", amp, "--epochs", "8", "--lr", "0.01")
+def test_each_method_trains_in_mixed_precision(folder, tmp_path, flags, amp):
+    run(*flags_for(folder, tmp_path), *flags, "--amp", amp, "--epochs", "8", "--lr", "0.01")
     first, *_, last = metrics(tmp_path)
     assert last["loss"] < 0.7 * first["loss"] and last["clean_accuracy"] > 90
     if amp == "fp16":
@@ -706,11 +741,13 @@ def test_fp16_clips_the_unscaled_gradient(folder, tmp_path):
     assert (moves[0] - moves[1]).norm() < 0.1 * moves[0].norm()
 
 
-def test_compiled_training_equals_eager(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("penalty", ["double-backprop", "alternating"])
+def test_compiled_training_equals_eager(folder, tmp_path, monkeypatch, penalty):
     compile_module = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
     for name, extra in (("eager", []), ("compiled", ["--compile"])):
-        run(*flags_for(folder, tmp_path / name), *extra, "--gradnorm-every", "2", "--optimizer", "sgd")
+        run(*flags_for(folder, tmp_path / name), *extra, "--gradnorm-every", "2", "--optimizer", "sgd",
+            "--penalty", penalty, "--lambda-gn", "0.3", "--h", "8/255")
     torch.testing.assert_close(saved(tmp_path / "compiled"), saved(tmp_path / "eager"), rtol=1e-4, atol=1e-6)
 
 
@@ -723,8 +760,9 @@ def test_benchmark_measures_what_the_cost_model_predicts(folder, tmp_path, capsy
     # F for a forward pass, F for an input gradient, F for a weight gradient; 3F is natural training (and the first
     # layer's input gradient, which natural training does not need, makes the ratios a little larger).
     predicted = {"natural": 1, "GradNorm, double backprop": 6 / 3, "GradNorm, finite difference": 6 / 3,
-                 "GradNorm, double backprop, every 2 steps": (6 + 3) / 2 / 3,
-                 "GradNorm, finite difference, every 2 steps": (6 + 3) / 2 / 3, "adversarial, PGD-2": (2 * 2 + 3) / 3}
+                 "GradNorm, alternating": 6 / 3, "GradNorm, double backprop, every 2 steps": (6 + 3) / 2 / 3,
+                 "GradNorm, finite difference, every 2 steps": (6 + 3) / 2 / 3,
+                 "GradNorm, alternating, every 2 steps": (6 + 3) / 2 / 3, "adversarial, PGD-2": (2 * 2 + 3) / 3}
     assert list(rows) == list(predicted)
     for name, row in rows.items():
         assert row["flops_to_natural"] == pytest.approx(predicted[name], rel=0.03), name
@@ -871,6 +909,7 @@ def test_pretrained_head_is_replaced_for_other_classes_alone(monkeypatch, name):
     (["--epochs", "-5"], ["--epochs", "-5"]),
     (["--epochs", "1.5"], ["--epochs", "1.5"]),
     (["--natural-epochs", "2"], ["--natural-epochs 2", "2 epochs"]),
+    (["--penalty", "alternating"], ["--penalty alternating", "-1.6", "--lambda-gn", "--h"]),
     (["--batch-size", "49"], ["--batch-size 49", "48 training images"]),
     (["--batch-size", "25", "--accumulate", "2"], ["--accumulate 2", "48 training images"]),
     (["--val-images", "48"], ["--val-images 48", "48 training images"]),

@@ -63,22 +63,33 @@ class Objective(nn.Module):
 
     def forward(self, x, y, method, ramp, grad_scale=1.0):
         """The loss, and, detached, its terms: cross-entropy and penalty. `method` is this step's: in a training by
-        another method some steps are natural. `ramp` rises from 0 to 1 in the warm-up."""
+        another method some steps are natural, and --penalty alternating has a "first half" and a "second half".
+        `ramp` rises from 0 to 1 in the warm-up."""
         args = self.args
+        # With the penalty in every K-th step alone, K times the weight keeps its mean.
+        lambda_gn = args.lambda_gn * args.gradnorm_every * ramp
+        h = step_of_difference(args)
         if method == "gradnorm":
             loss = gradnorm_loss
             if args.penalty == "finite-difference":
-                loss = partial(gradnorm_loss_finite_difference, h=args.h)
-            # With the penalty in every K-th step alone, K times the weight keeps its mean.
-            return loss(self.model, x, y, lambda_ce=args.lambda_ce,
-                        lambda_gn=args.lambda_gn * args.gradnorm_every * ramp,
-                        eps=args.eps, grad_scale=grad_scale, return_terms=True)
+                loss = partial(gradnorm_loss_finite_difference, h=h)
+            return loss(self.model, x, y, lambda_ce=args.lambda_ce, lambda_gn=lambda_gn, eps=args.eps,
+                        grad_scale=grad_scale, return_terms=True)
         if method == "adversarial":  # the paper's step for PGD-3 is 2ε/3
             x = pgd_attack(self.model, x, y, eps=args.eps, steps=args.steps,
                            step_size=2 * args.eps / max(args.steps, 1) * ramp, grad_scale=grad_scale)
         cross_entropy = F.cross_entropy(self.model(x).float(), y)
-        loss = args.lambda_ce * cross_entropy if args.method == "gradnorm" else cross_entropy
-        return loss, cross_entropy.detach(), torch.zeros_like(ramp)
+        value, zero = cross_entropy.detach(), torch.zeros_like(ramp)
+        # λ_CE L(x) + λ_GN ε (L(x + h·s) - L(x)) / h, by its two terms
+        if method == "first half":
+            return (args.lambda_ce - lambda_gn * args.eps / h) * cross_entropy, value, -args.eps / h * value
+        if method == "second half":
+            return lambda_gn * args.eps / h * cross_entropy, zero, args.eps / h * value
+        return args.lambda_ce * cross_entropy if args.method == "gradnorm" else cross_entropy, value, zero
+
+
+def step_of_difference(args):
+    return args.h or args.eps / 2
 
 
 def train(args, checkpoint, device):
@@ -136,19 +147,17 @@ def train(args, checkpoint, device):
             ramp = one * min(1.0, step / max(warmup_steps, 1))
             between_penalties = args.method == "gradnorm" and step % args.gradnorm_every > 0
             method = "natural" if epoch < args.natural_epochs or between_penalties else args.method
-            for micro_step in range(args.accumulate):
+            batch = []
+            for _ in range(args.accumulate):
                 x, y = next(batches)
                 x, y = x.to(device, non_blocking=True).float() / 255, y.to(device, non_blocking=True)
-                x, y = mix(x, y)
-                last = micro_step == args.accumulate - 1
-                with contextlib.nullcontext() if last or WORLD_SIZE == 1 else objective.no_sync():
-                    loss, cross_entropy, penalty = forward_backward(objective, scaler, x, y, method, ramp, args)
-                terms = torch.stack([loss, cross_entropy, penalty, one, one * (method == "gradnorm")])
-                sums += torch.where(terms.isfinite().all(), terms, 0)  # GradScaler will skip an overflow
-            norm = update(model, optimizer, scaler, args.clip_grad_norm)
+                batch.append(mix(x, y))
+            terms, norm = update(objective, optimizer, scaler, batch, method, ramp, args)
+            terms = torch.cat([terms, torch.stack([one, one * (method == "gradnorm")])])
+            sums += torch.where(terms.isfinite().all(), terms, 0)  # GradScaler has skipped an overflow
             # DDP averages a nan into every rank's gradients: all ranks stop here together.
             if not norm.isfinite() and not (scaler.is_enabled() and scaler.get_scale() >= 1):
-                fail(f"not finite in epoch {epoch + 1}, step {step + 1}: loss {loss.item()}, norm of its gradient "
+                fail(f"not finite in epoch {epoch + 1}, step {step + 1}: loss {terms[0].item()}, norm of its gradient "
                      f"{norm.item()}; lower --lr or --lambda-gn. The last good checkpoint stays in {output_dir}", 1)
             if ema:
                 ema.update_parameters(model)
@@ -180,25 +189,36 @@ def train(args, checkpoint, device):
             print_epoch(metrics[-1], args.epochs)
 
 
-def forward_backward(objective, scaler, x, y, method, ramp, args):
-    """Adds the objective's gradient, scaled, to those of the parameters. Returns the loss and its terms, detached."""
-    # The inner gradient is that of one example's loss, N times the scaled loss's.
-    grad_scale = scaler.scale(torch.ones_like(ramp)) / len(x) if scaler.is_enabled() else 1.0
+def update(objective, optimizer, scaler, batch, method, ramp, args):
+    """One step of the optimiser on a batch, a list of --accumulate pairs (x, y); two with --penalty alternating.
+
+    Returns the terms, mean loss, cross-entropy and penalty (3,), and the norm of the gradient before it was clipped.
+    """
+    if method == "gradnorm" and args.penalty == "alternating":
+        batch = [(x.requires_grad_(), y) for x, y in batch]
+        terms, norm = update(objective, optimizer, scaler, batch, "first half", ramp, args)
+        # The backward pass of L(x) that moved the weights has left ∇x L as well: s costs nothing.
+        batch = [(x.detach() + step_of_difference(args) * x.grad.sign(), y) for x, y in batch]
+        more_terms, more_norm = update(objective, optimizer, scaler, batch, "second half", ramp, args)
+        return terms + more_terms, torch.maximum(norm, more_norm)
+
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
-    with torch.autocast(x.device.type, dtype, enabled=args.amp != "off"):
-        loss, cross_entropy, penalty = objective(x, y, method, ramp, grad_scale)
-    scaler.scale(loss / args.accumulate).backward()
-    return loss.detach(), cross_entropy, penalty
-
-
-def update(model, optimizer, scaler, clip_grad_norm):
-    """One step of the optimiser. Returns the norm of the gradient, before it is clipped."""
+    sums = torch.zeros(3, device=ramp.device)
+    for i, (x, y) in enumerate(batch):
+        # The inner gradient is that of one example's loss, N times the scaled loss's.
+        grad_scale = scaler.scale(torch.ones_like(ramp)) / len(x) if scaler.is_enabled() else 1.0
+        with contextlib.nullcontext() if i == len(batch) - 1 or WORLD_SIZE == 1 else objective.no_sync():
+            with torch.autocast(x.device.type, dtype, enabled=args.amp != "off"):
+                loss, cross_entropy, penalty = objective(x, y, method, ramp, grad_scale)
+            scaler.scale(loss / len(batch)).backward()
+        sums += torch.stack([loss.detach(), cross_entropy, penalty]) / len(batch)
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad_norm or math.inf)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad_norm or math.inf)
     scaler.step(optimizer)  # skips a step whose fp16 gradients overflowed
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return sums, norm
 
 
 def learning_rate(step, warmup_steps, total_steps, peak, floor=1e-5):
@@ -603,7 +623,7 @@ def benchmark(args, device):
 
     methods = {"natural": {"method": "natural", "gradnorm_every": 1}}
     for every in sorted({1, args.gradnorm_every}):
-        for penalty in ("double-backprop", "finite-difference"):
+        for penalty in ("double-backprop", "finite-difference", "alternating"):
             name = f"GradNorm, {penalty.replace('-', ' ')}" + f", every {every} steps" * (every > 1)
             methods[name] = {"method": "gradnorm", "penalty": penalty, "gradnorm_every": every}
     adversarial = f"adversarial, PGD-{args.steps}"
@@ -667,8 +687,7 @@ def make_step(args, model, optimizer, x, y):
     def step():
         train_mode(model, args.freeze_bn)
         for k in range(args.gradnorm_every):
-            forward_backward(objective, scaler, x, y, args.method if k == 0 else "natural", ramp, args)
-            update(model, optimizer, scaler, args.clip_grad_norm)
+            update(objective, optimizer, scaler, [(x.detach(), y)], args.method if k == 0 else "natural", ramp, args)
 
     return step
 
@@ -812,8 +831,9 @@ def parse_args():
         help="radius ε of the L∞ ball, in pixels of [0, 1]: of the penalty, the attack and the evaluation")
     add("--lambda-ce", default=0.8, type=weight, metavar="L", help="gradnorm: weight of the cross-entropy")
     add("--lambda-gn", default=1.2, type=weight, metavar="L", help="gradnorm: weight of the gradient norm")
-    add("--penalty", default="double-backprop", choices=["double-backprop", "finite-difference"],
-        help="gradnorm: how the gradient norm is differentiated")
+    add("--penalty", default="double-backprop", choices=["double-backprop", "finite-difference", "alternating"],
+        help="gradnorm: how the gradient norm is differentiated; alternating: as the finite difference, but its two "
+             "terms are two steps of the optimiser")
     add("--h", type=radius, metavar="H", help="gradnorm: step of the finite difference in pixels; ε/2 if not given")
     add("--gradnorm-every", default=1, type=count, metavar="K",
         help="gradnorm: penalty in every K-th step alone, with K times the weight")
@@ -889,6 +909,11 @@ def parse_args():
             fail(f"{path} was trained by {world_size} processes: resume it with as many, not {WORLD_SIZE}")
     if args.pretrained and args.model == "convnet":
         fail("--pretrained: convnet has no ImageNet weights; choose another --model")
+    if args.method == "gradnorm" and args.penalty == "alternating":
+        weight = args.lambda_gn * args.gradnorm_every * args.eps / step_of_difference(args)
+        if weight > args.lambda_ce:
+            fail(f"--penalty alternating: the steps on L(x) alone have the weight λ_CE - λ_GN·K·ε/h = "
+                 f"{args.lambda_ce - weight:.3g}, which must not be negative: lower --lambda-gn, or raise --h")
     if args.natural_epochs >= args.epochs:
         fail(f"--natural-epochs {args.natural_epochs} leaves none of the {args.epochs} epochs to --method "
              f"{args.method}: lower it")
