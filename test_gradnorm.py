@@ -910,6 +910,7 @@ def test_pretrained_head_is_replaced_for_other_classes_alone(monkeypatch, name):
     (["--epochs", "1.5"], ["--epochs", "1.5"]),
     (["--natural-epochs", "2"], ["--natural-epochs 2", "2 epochs"]),
     (["--penalty", "alternating"], ["--penalty alternating", "-1.6", "--lambda-gn", "--h"]),
+    (["--penalty", "alternating", "--lambda-gn", "0.4"], ["K·ε/h = 0,", "must be positive"]),
     (["--batch-size", "49"], ["--batch-size 49", "48 training images"]),
     (["--batch-size", "25", "--accumulate", "2"], ["--accumulate 2", "48 training images"]),
     (["--val-images", "48"], ["--val-images 48", "48 training images"]),

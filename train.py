@@ -911,9 +911,9 @@ def parse_args():
         fail("--pretrained: convnet has no ImageNet weights; choose another --model")
     if args.method == "gradnorm" and args.penalty == "alternating":
         weight = args.lambda_gn * args.gradnorm_every * args.eps / step_of_difference(args)
-        if weight > args.lambda_ce:
+        if weight >= args.lambda_ce:  # at 0 the first half would leave no gradient to take the sign of
             fail(f"--penalty alternating: the steps on L(x) alone have the weight λ_CE - λ_GN·K·ε/h = "
-                 f"{args.lambda_ce - weight:.3g}, which must not be negative: lower --lambda-gn, or raise --h")
+                 f"{args.lambda_ce - weight:.3g}, which must be positive: lower --lambda-gn, or raise --h")
     if args.natural_epochs >= args.epochs:
         fail(f"--natural-epochs {args.natural_epochs} leaves none of the {args.epochs} epochs to --method "
              f"{args.method}: lower it")
