@@ -863,7 +863,8 @@ def parse_args():
     add("--epochs", default=8, type=count, metavar="N", help="passes over the training images")
     add("--batch-size", default=128, type=count, metavar="N", help="images per process and forward pass")
     add("--accumulate", default=1, type=count, metavar="N", help="forward passes per optimiser step")
-    add("--optimizer", default="adamw", choices=["adamw", "sgd"], help="sgd has momentum 0.9")
+    add("--optimizer", default="adamw", choices=["adamw", "sgd"],
+        help="sgd has momentum 0.9, and wants a --weight-decay near 5e-4")
     add("--lr", default=1e-2, type=number(float, 0, above=True), metavar="LR", help="peak learning rate")
     add("--warmup-epochs", default=2, type=weight, metavar="N",
         help="learning rate, weight of the gradient norm and step of the training attack rise over these epochs")
