@@ -1696,6 +1696,8 @@ def test_cost_is_the_mean_of_its_seeds(make):
     figure = visualize.cost(drawable(several))
     drawn = {label: (list(x), list(y)) for (label, *_), (x, y) in curves(figure).items()}
     assert drawn == {"fast, 2 seeds": ([3.0], [35.0]), "slow": ([2.0], [45.0]), "adversarial": ([0.05], [45.0])}
+    bars = [segment.tolist() for bar in figure.axes[0].collections for segment in bar.get_segments()]
+    assert bars == [[[3.0, pytest.approx(35 - 50 ** 0.5)], [3.0, pytest.approx(35 + 50 ** 0.5)]]]  # of 40 and 30
     top, = figure.axes[0].child_axes
     figure.draw_without_rendering()
     minutes, percent = figure.axes[0].get_xlim()[1], top.get_xlim()[1]

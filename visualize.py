@@ -162,7 +162,8 @@ def sweep(runs):
 
 
 def cost(runs):
-    """Robust accuracy against the time of training: a point a setting, the mean of its seeds."""
+    """Robust accuracy against the time of training: a point a setting, the mean of its seeds; the bar is their standard
+    deviation."""
     figure, ax = curves()
     attack, _, robust = accuracies(runs)
     repeats, times, adversarial = {}, [], []
@@ -175,9 +176,12 @@ def cost(runs):
         times.append(statistics.mean(minutes))
         plot(ax, same[0], times[-1:], [statistics.mean(values)], markersize=9, linestyle="none",
              label=name + f", {len(same)} seeds" * (len(same) > 1))
+        if len(same) > 1:
+            ax.errorbar(times[-1], statistics.mean(values), statistics.stdev(values), fmt="none",
+                        ecolor=same[0]["colour"])
         if same[0]["method"] == "adversarial":
             adversarial.append(times[-1])
-    ax.set(xlabel="training time (minutes)", xlim=(0, 1.15 * max(times)), ylim=(-2, 102),
+    ax.set(xlabel="training time (minutes)", xlim=(0, 1.15 * max(times)),
            ylabel=f"{attack} accuracy (%), ε = {fraction(runs[0])}")
     if adversarial:
         percent = adversarial[0] / 100
