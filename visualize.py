@@ -174,11 +174,11 @@ def cost(runs):
         same, minutes, values = zip(*repeat)
         name = os.path.commonprefix([run["label"] for run in same]).rstrip("-") or same[0]["label"]
         times.append(statistics.mean(minutes))
-        plot(ax, same[0], times[-1:], [statistics.mean(values)], markersize=9, linestyle="none",
+        mean = statistics.mean(values)
+        plot(ax, same[0], times[-1:], [mean], markersize=9, linestyle="none",
              label=name + f", {len(same)} seeds" * (len(same) > 1))
         if len(same) > 1:
-            ax.errorbar(times[-1], statistics.mean(values), statistics.stdev(values), fmt="none",
-                        ecolor=same[0]["colour"])
+            ax.errorbar(times[-1], mean, statistics.stdev(values), fmt="none", ecolor=same[0]["colour"])
         if same[0]["method"] == "adversarial":
             adversarial.append(times[-1])
     ax.set(xlabel="training time (minutes)", xlim=(0, 1.15 * max(times)),
