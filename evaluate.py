@@ -6,7 +6,8 @@
 
 The file reads top to bottom: the attacks of standard AutoAttack (Croce, Hein, "Reliable evaluation of adversarial
 robustness with an ensemble of diverse parameter-free attacks", ICML 2020, arXiv 2003.01690), how they take turns on
-what is left standing, and the command line. A result is written beside its checkpoint, as autoattack-500.json.
+what is left standing, and the command line. A result is written beside its checkpoint, as
+autoattack-500-eps4-8-16.json; an interrupted evaluation goes on where it stopped when the command is given again.
 
 Everywhere, `x` holds pixels in [0, 1], (N, C, H, W), `y` class indices (N,), `eps` is in pixels, and `model` is any
 `nn.Module` from pixels to logits (N, classes), attacked in the mode that it is in: call `.eval()` first. At most
@@ -20,9 +21,9 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import statistics
 import time
+import warnings
 from bisect import bisect_left
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +36,7 @@ from tqdm import tqdm
 
 import train
 from gradnorm import input_gradient, pgd_attack
-from train import RANK, WORLD_SIZE
+from train import RANK, WORLD_SIZE, Mistake
 
 
 # The attacks. Each returns images (N, C, H, W): misclassified ones where it found them, `x` or anything elsewhere. An
@@ -181,10 +182,9 @@ def square(model, x, y, *, eps, seeds, queries=5000, p=0.8, batch_size=256):
     stripes = numbers[:, :channels * width].reshape(n, channels, 1, width) < 0.5
     s = SimpleNamespace(row=torch.arange(n, device=x.device), y=y, lowest=lowest, highest=highest,
                         numbers=numbers[:, channels * width:].reshape(n, queries, 2 + channels),
-                        x=torch.where(stripes, highest, lowest),
-                        refused=torch.zeros(n, height, width, 2**channels, dtype=torch.bool, device=x.device))
+                        x=torch.where(stripes, highest, lowest))
     s.margin = margin(predict(model, s.x, batch_size), y)
-    channel, side = torch.arange(channels, device=x.device)[:, None, None], None
+    channel = torch.arange(channels, device=x.device)[:, None, None]
     for query in range(queries + 1):
         wrong = s.margin < 0
         if wrong.any():
@@ -193,28 +193,22 @@ def square(model, x, y, *, eps, seeds, queries=5000, p=0.8, batch_size=256):
         if not len(s.row) or query == queries:
             break
         halvings = bisect_left([10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000], query)  # the published schedule of p
-        last_side, side = side, max(round(math.sqrt(p / 2**halvings * height * width)), 1)
-        side = min(side, height, width)
-        if side != last_side:
-            s.refused.zero_()
-            offset = torch.arange(side, device=x.device)
+        side = min(max(round(math.sqrt(p / 2**halvings * height * width)), 1), height, width)
+        offset = torch.arange(side, device=x.device)
         top, left = ((s.numbers[:, query, i] * (room - side + 1)).long() for i, room in enumerate((height, width)))
         up = s.numbers[:, query, 2:, None, None] < 0.5
         image = torch.arange(len(up), device=x.device)
         window = (image[:, None, None, None], channel, (top[:, None] + offset)[:, None, :, None],
                   (left[:, None] + offset)[:, None, None, :])
         new = torch.where(up, s.highest[window], s.lowest[window])
-        # A query that changes nothing, or that was refused since the last change, has a known answer.
-        key = image, top, left, (up.flatten(1) * 2 ** channel.flatten()).sum(1)
-        rows = ((new != s.x[window]).flatten(1).any(1) & ~s.refused[key]).nonzero()[:, 0]
-        s.refused[key] = True
+        rows = (new != s.x[window]).flatten(1).any(1).nonzero()[:, 0]  # to change nothing has a known answer
         if len(rows):
             proposal = s.x[rows]
             proposal[window[0][:len(rows)], channel, window[2][rows], window[3][rows]] = new[rows]
             proposed = margin(predict(model, proposal, batch_size), s.y[rows])
             lower = proposed < s.margin[rows]
             rows = rows[lower]
-            s.x[rows], s.margin[rows], s.refused[rows] = proposal[lower], proposed[lower], False
+            s.x[rows], s.margin[rows] = proposal[lower], proposed[lower]
     return found
 
 
@@ -279,7 +273,7 @@ def keep(s, rows):
         setattr(s, name, value[rows])
 
 
-# The evaluation: the attacks take turns on what is left standing.
+# The evaluation: the attacks take turns on what is left standing. A turn is (attack, ε, number of its start or target).
 
 
 ATTACKS = {"PGD": pgd, "APGD-CE": apgd, "APGD-T": apgd, "FAB-T": fab, "Square": square}
@@ -287,17 +281,17 @@ ATTACKS = {"PGD": pgd, "APGD-CE": apgd, "APGD-T": apgd, "FAB-T": fab, "Square": 
 
 def autoattack(model, x, y, *, eps, batch_size=256):
     """Standard AutoAttack. Returns images (N, C, H, W): misclassified ones within ε of `x`; `x` where it found none."""
-    state = begin(model, x, y, batch_size)
+    state = initial_state(model, x, y, batch_size)
     for turn in standard_turns([eps], state):
-        take_turn(turn, model, x, y, state, batch_size=batch_size)
+        run_attack(turn, model, x, y, state, batch_size=batch_size)
     return pick(state["radius"] <= eps, state["images"], x)
 
 
 def pgd_accuracy(model, x, y, *, eps, steps=10, restarts=1, batch_size=256):
     """Accuracy (%) under PGD with that many random starts."""
-    state = begin(model, x, y, batch_size)
+    state = initial_state(model, x, y, batch_size)
     for turn in pgd_turns([eps], restarts):
-        take_turn(turn, model, x, y, state, steps=steps, batch_size=batch_size)
+        run_attack(turn, model, x, y, state, steps=steps, batch_size=batch_size)
     return accuracy(state, eps)
 
 
@@ -307,8 +301,8 @@ def accuracy(state, eps):
 
 
 def standard_turns(radii, state):
-    """(attack, ε, number of its target) of standard AutoAttack for all `radii`. What is found at one ε holds at every
-    larger one; and FAB looks for the smallest perturbation, so that one run of it serves them all."""
+    """The turns of standard AutoAttack for all `radii`. What is found at one ε holds at every larger one; and FAB looks
+    for the smallest perturbation, so that one run of it serves them all."""
     radii, targets = sorted({eps for eps in radii if eps > 0}), range(state["targets"].shape[1])
     return ([("APGD-CE", eps, 0) for eps in radii] + [("APGD-T", eps, i) for eps in radii for i in targets]
             + [("FAB-T", eps, i) for eps in radii[:1] for i in targets] + [("Square", eps, 0) for eps in radii])
@@ -318,12 +312,12 @@ def pgd_turns(radii, restarts):
     return [("PGD", eps, i) for eps in sorted({eps for eps in radii if eps > 0}) for i in range(restarts)]
 
 
-def begin(model, x, y, batch_size=256):
-    """The state of an evaluation before its first turn:
+def initial_state(model, x, y, batch_size=256):
+    """The state of an evaluation before its first attack:
 
         radius   (N,) float64: ‖adversarial - x‖∞ of the closest proved adversarial image; 0 where `x` itself is
                  misclassified, inf where none is known
-        images   (N, C, H, W): those images, or `x`
+        images   (N, C, H, W): those images that this process found, and `x` elsewhere
         targets  (N, up to 9): the likeliest classes but the first
     """
     order = predict(model, x, batch_size).argsort(dim=1, descending=True)
@@ -331,25 +325,25 @@ def begin(model, x, y, batch_size=256):
             "targets": order[:, 1:10]}
 
 
-def take_turn(turn, model, x, y, state, *, steps=10, batch_size=256, rank=0, world_size=1):
-    """One attack, on this rank's share of the images that stand at its ε."""
+def run_attack(turn, model, x, y, state, *, steps=10, batch_size=256, rank=0, world_size=1):
+    """One turn, on this rank's share of the images that stand at its ε. Updates the state."""
     name, eps, number = turn
     rows = (state["radius"] > eps).nonzero()[rank::world_size, 0]
-    images, radius = state["images"][rows], state["radius"][rows]
-    for first in range(0, len(rows), 8 * batch_size):  # bounds the memory
-        some = slice(first, first + 8 * batch_size)
-        originals, labels = x[rows[some]], y[rows[some]]
+    for some in rows.split(8 * batch_size):  # bounds the memory
         arguments = {"steps": steps} if name == "PGD" else {}
         if name != "FAB-T":  # which draws nothing
-            arguments["seeds"] = F.pad(rows[some, None], (0, 1), value=number)
+            arguments["seeds"] = F.pad(some[:, None], (0, 1), value=number)
         if name.endswith("-T"):
-            arguments["target"] = state["targets"][rows[some], number]
-        found = ATTACKS[name](model, originals, labels, eps=eps, batch_size=batch_size, **arguments)
-        found_radius = proved_radius(model, originals, labels, found, batch_size)
-        images[some] = pick(found_radius < radius[some], found, images[some])
-        radius[some] = torch.minimum(found_radius, radius[some])
-    for rows, images, radius in every_rank(world_size, rows, images, radius):
-        state["images"][rows], state["radius"][rows] = images, radius
+            arguments["target"] = state["targets"][some, number]
+        found = ATTACKS[name](model, x[some], y[some], eps=eps, batch_size=batch_size, **arguments)
+        radius = proved_radius(model, x[some], y[some], found, batch_size)
+        state["images"][some] = pick(radius < state["radius"][some], found, state["images"][some])
+        state["radius"][some] = torch.minimum(radius, state["radius"][some])
+    if world_size > 1:
+        parts = [None] * world_size
+        dist.all_gather_object(parts, (rows.cpu(), state["radius"][rows].cpu()))
+        for rows, radius in parts:
+            state["radius"][rows.to(x.device)] = radius.to(x.device)
 
 
 def proved_radius(model, x, y, images, batch_size=256):
@@ -357,15 +351,6 @@ def proved_radius(model, x, y, images, batch_size=256):
     wrong = predict(model, images, batch_size).argmax(1) != y
     inside = ((images >= 0) & (images <= 1)).flatten(1).all(1)
     return torch.where(wrong & inside, linf(images, x), math.inf)
-
-
-def every_rank(world_size, *tensors):
-    """The tensors of every rank, on the device of this one's."""
-    if world_size == 1:
-        return [tensors]
-    parts = [None] * world_size
-    dist.all_gather_object(parts, [t.cpu() for t in tensors])
-    return [[t.to(tensors[0].device) for t in part] for part in parts]
 
 
 def doubts(model, x, y, attack, batch_size=256):
@@ -396,191 +381,144 @@ def doubts(model, x, y, attack, batch_size=256):
 def main():
     args = parse_args()
     # A rank may wait for the slowest one longer than the default allows.
-    device = train.start_process(args.device, timeout=datetime.timedelta(days=1))
+    device = train.start_process(timeout=datetime.timedelta(days=1))
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True  # rounding decides no verdict
-    models, states = {}, {}
-    try:
-        models, x, y = load_models_and_images(args, device)
-        states = {path: load_state(path, args, device) for path in args.checkpoints}
-        for path, (model, config) in models.items():
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-                evaluate_checkpoint(path, model, x, y, states[path], args)
-            write_result(path, config, states[path], args)
-        if RANK == 0:
-            if args.save_adversarial:
-                found = {str(path): {"adversarial": state["images"].cpu(), "radius": state["radius"].cpu()}
-                         for path, state in states.items()}
-                with train.replace(args.save_adversarial) as file:
-                    torch.save({"images": x.cpu(), "labels": y.cpu(), **found}, file)
-            for path in states:
-                beside(path, args, ".state.pt").unlink(missing_ok=True)
-        print_table(models, states, args)
-    except KeyboardInterrupt:
-        print_table(models, states, args)
-        train.fail("interrupted; go on with --resume", 130)
-    except train.BadImage as error:
-        train.fail(error)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    models, x, y = load_models_and_images(args, device)
+    results = {path: evaluate_checkpoint(path, model, config, x, y, args) for path, (model, config) in models.items()}
+    if RANK == 0:
+        print_table(results, args)
 
 
-def evaluate_checkpoint(path, model, x, y, state, args):
-    """Takes all turns that the state has not seen, and saves it after each."""
-    start = time.perf_counter() - state.get("seconds", 0)
-    if "radius" not in state:
-        state |= begin(model, x, y, args.batch_size) | {"done": 0, "after": {}}
+def evaluate_checkpoint(path, model, config, x, y, args):
+    """The result, which is also written beside the checkpoint. After each attack a file keeps how far it has come."""
+    path_of_result = result_path(path, args)
+    path_of_progress = path_of_result.with_suffix(".progress")
+    # What an interrupted evaluation must have in common with this one to be gone on with.
+    settings = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()} | {
+        name: getattr(args, name) for name in ("attack", "eps", "steps", "restarts", "num_images")}
+    state = initial_state(model, x, y, args.batch_size)
+    progress = {"settings": settings, "radius": state["radius"].tolist(), "done": 0, "after": {}, "seconds": 0.0}
+    if RANK == 0 and path_of_progress.exists():
+        saved = json.loads(path_of_progress.read_bytes())
+        progress = saved if saved["settings"] == settings else progress
+    progress = broadcast(progress)
+    state["radius"] = torch.tensor(progress["radius"], dtype=torch.double, device=x.device)
+
     turns = {"clean": [], "pgd": pgd_turns(args.radii, args.restarts),
              "autoattack": standard_turns(args.radii, state)}[args.attack]
-    state |= {"turns": len(turns), "warnings": doubts(model, x, y, args.attack, args.batch_size)}
-    for warning in state["warnings"]:
-        train.warn(f"{path}: {warning}")
-    passes = {"PGD": args.steps + 1, "APGD-CE": 102, "APGD-T": 102, "FAB-T": 201, "Square": 5002}
-    with tqdm(desc=str(path), unit=" images", unit_scale=True, leave=False, disable=True if RANK else None) as bar:
-        def count(model, inputs, output):  # returns None: anything else would take the place of the output
-            bar.update(len(inputs[0]))
-
-        hook = model.register_forward_hook(count)
-        for turn in turns[state["done"]:]:
-            name, eps, _ = turn
-            bar.total = bar.n + sum(passes[name] * (state["radius"] > eps).sum().item() // WORLD_SIZE
-                                    for name, eps, _ in turns[state["done"]:])
-            bar.set_postfix_str(f"{accuracy(state, eps):.2f} % left for {name} at {args.eps[args.radii.index(eps)]}")
-            take_turn(turn, model, x, y, state, steps=args.steps, batch_size=args.batch_size,
-                      rank=RANK, world_size=WORLD_SIZE)
-            state["after"][name] = [accuracy(state, eps) for eps in args.radii]
-            state["done"] += 1
-            state["seconds"] = time.perf_counter() - start
-            if RANK == 0:
-                with train.replace(beside(path, args, ".state.pt")) as file:
-                    torch.save(state, file)
-        hook.remove()
-    proved = proved_radius(model, x, y, state["images"], args.batch_size)
-    state["radius"] = torch.where(state["radius"].isfinite(), proved, math.inf)
-    state["seconds"] = time.perf_counter() - start
-    lost = [before - after for before, after in zip(*(state["after"].get(name, []) for name in ("FAB-T", "Square")))]
+    lines = doubts(model, x, y, args.attack, args.batch_size)
+    start = time.perf_counter() - progress["seconds"]
+    bar = tqdm(turns[progress["done"]:], desc=str(path), initial=progress["done"], total=len(turns), leave=False,
+               unit=" attacks", disable=True if RANK else None)
+    for turn in bar:
+        write_json(path_of_progress, progress)  # before the first too: to be unable to must not cost an hour
+        name, eps, _ = turn
+        bar.set_postfix_str(f"{accuracy(state, eps):.2f} % left for {name} at {args.eps[args.radii.index(eps)]}")
+        run_attack(turn, model, x, y, state, steps=args.steps, batch_size=args.batch_size, rank=RANK,
+                   world_size=WORLD_SIZE)
+        progress["after"][name] = [accuracy(state, eps) for eps in args.radii]
+        progress |= {"radius": state["radius"].tolist(), "done": progress["done"] + 1,
+                     "seconds": time.perf_counter() - start}
+    lost = [before - after for before, after in zip(*(progress["after"].get(name, []) for name in ("FAB-T", "Square")))]
     if any(lost):
-        state["warnings"].append(f"Square, which follows no gradient, broke {max(lost):.2f} % of the images after the "
-                                 "attacks that do had given up: the gradient may mislead them")
-        train.warn(f"{path}: {state['warnings'][-1]}")
+        lines.append(f"Square, which follows no gradient, broke {max(lost):.2f} % of the images after the attacks that "
+                     "do had given up: the gradient may mislead them")
+    result = settings | {
+        "checkpoint": str(path), "radii": args.radii, "clean_accuracy": accuracy(state, 0),
+        "robust_accuracy": [accuracy(state, eps) for eps in args.radii], "after": progress["after"], "warnings": lines,
+        "seconds": time.perf_counter() - start, "config": config}
+    write_json(path_of_result, result)
+    if RANK == 0:
+        path_of_progress.unlink(missing_ok=True)
+        for line in lines:
+            warnings.warn(f"{path}: {line}")
+    return result
 
 
 def load_models_and_images(args, device):
     """Checkpoint -> (model, configuration), and the images (N, C, H, W) and labels that all of them meet."""
-    try:
-        models = {path: train.load_checkpoint(path, device) for path in args.checkpoints}
-    except ValueError as error:
-        train.fail(error)
+    models = {path: train.load_checkpoint(path, device) for path in args.checkpoints}
     first, config = args.checkpoints[0], models[args.checkpoints[0]][1]
     for path, (_, other) in models.items():
-        if (other["dataset"], other["classes"]) != (config["dataset"], config["classes"]):
-            train.fail(f"{path} was trained on {other['dataset']} of {len(other['classes'])} classes, {first} on "
-                       f"{config['dataset']} of {len(config['classes'])}: evaluate them one by one")
-        if other["val_images"] != config["val_images"]:
-            train.fail(f"{path} was trained with --val-images {other['val_images']}, {first} with "
-                       f"{config['val_images']}: evaluate them one by one")
+        for name in ("dataset", "classes", "val_images"):
+            if other[name] != config[name]:
+                raise Mistake(f"{path} was trained with the {name} {other[name]}, {first} with {config[name]}: "
+                              "evaluate them one by one")
     with train.rank_zero_first():
         test_set = train.load_dataset(argparse.Namespace(**config | {"data_dir": args.data_dir or config["data_dir"]}),
                                       train=False)
     if test_set.classes != config["classes"]:
-        train.fail(f"the data have the classes {test_set.classes}, not those of {first}: choose others by --data-dir")
+        raise Mistake(f"the data have the classes {test_set.classes}, not those of {first}: choose others by "
+                      "--data-dir")
     if args.num_images > len(test_set):
-        train.fail(f"--num-images {args.num_images}: there are {len(test_set)} held-out images")
-    if config["val_images"]:
-        train.warn(f"on the training images that --val-images {config['val_images']} held out, not on test images")
+        raise Mistake(f"--num-images {args.num_images}: there are {len(test_set)} held-out images")
+    if config["val_images"] and RANK == 0:
+        warnings.warn(f"on the training images that --val-images {config['val_images']} held out, not on test images")
     images, labels = train.held_out(test_set, args.num_images)
     return models, images.to(device).float() / 255, labels.to(device)
 
 
-def load_state(path, args, device):
-    """The state of an interrupted evaluation that rank 0 finds, else one with its settings alone."""
-    # What a resumed evaluation must have in common with the interrupted one.
-    settings = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()} | {
-        name: getattr(args, name) for name in ("attack", "eps", "steps", "restarts", "num_images", "amp")}
-    state, state_path = {"settings": settings}, beside(path, args, ".state.pt")
-    if RANK == 0:
-        train.make_writable(path.parent, "results go beside the checkpoint; copy it to a folder of your own")
-    if RANK == 0 and state_path.exists():
-        if not args.resume:
-            train.fail(f"{state_path} is of an interrupted evaluation: go on with --resume, or remove it")
-        try:
-            state = torch.load(state_path, map_location="cpu", weights_only=True)
-            saved = state["settings"]
-        except (OSError, RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError) as error:
-            train.fail(f"{state_path} is not the state of an evaluation ({type(error).__name__}): remove it")
-        for name, value in settings.items():
-            if saved[name] != value:
-                train.fail(f"{state_path} was begun with {name} {saved[name]}, not {value}: go on with the same, or "
-                           "remove it")
+def broadcast(value):
+    """Rank 0's, on every rank."""
+    values = [value]
     if WORLD_SIZE > 1:
-        shared = [state]
-        dist.broadcast_object_list(shared)
-        state, = shared
-    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in state.items()}
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
-def beside(path, args, suffix):
-    """runs/x/pgd10-500.json for runs/x/checkpoint.pt, runs/x/best-pgd10-500.json for runs/x/best.pt."""
+def result_path(path, args):
+    """runs/x/autoattack-500-eps4-8.json for runs/x/checkpoint.pt at 4/255 and 8/255, runs/x/best-... for best.pt."""
     stem = "" if path.stem == "checkpoint" else f"{path.stem}-"
-    sweep = "-sweep" * (args.sweep is not None)
-    return path.with_name(f"{stem}{args.name.replace('-', '').lower()}{sweep}-{args.num_images}{suffix}")
+    radii = "-eps" + "-".join(f"{255 * eps:g}" for eps in args.radii) if args.radii else ""
+    if args.sweep is not None:
+        radii = f"-sweep{args.sweep}"
+    return path.with_name(f"{stem}{args.name.replace('-', '').lower()}-{args.num_images}{radii}.json")
 
 
-def write_result(path, config, state, args):
+def write_json(path, value):
     if RANK == 0:
-        result = state["settings"] | {
-            "checkpoint": str(path), "radii": args.radii, "clean_accuracy": accuracy(state, 0),
-            "robust_accuracy": [accuracy(state, eps) for eps in args.radii], "after": state["after"],
-            "warnings": state["warnings"], "seconds": state["seconds"], "config": config}
-        with train.replace(beside(path, args, ".json")) as file:
-            file.write(json.dumps(result, indent=1, ensure_ascii=False).encode() + b"\n")
+        with train.replace(path) as file:
+            file.write(json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
-def print_table(models, states, args):
-    """A row a checkpoint, and mean ± standard deviation of those that differ in their seed alone."""
+def print_table(results, args):
+    """One row per checkpoint, and mean ± standard deviation of those that differ in their seed alone."""
     rows, repeats = [[f"{args.name}, {args.num_images} images", "clean", *(f"ε={label}" for label in args.eps)]], {}
-    for path, state in states.items():
-        if "turns" in state:
-            partial = f" PARTIAL: {state['done']} of {state['turns']} attacks" * (state["done"] < state["turns"])
-            accuracies = [accuracy(state, eps) for eps in [0, *args.radii]]
-            rows.append([f"{path}{partial}", *(f"{value:.2f}" for value in accuracies)])
-            if not partial:
-                repeats.setdefault(json.dumps(train.setting(models[path][1])), {})[str(path)] = accuracies
+    for path, result in results.items():
+        accuracies = [result["clean_accuracy"], *result["robust_accuracy"]]
+        rows.append([str(path), *(f"{value:.2f}" for value in accuracies)])
+        repeats.setdefault(json.dumps(train.setting(result["config"])), {})[str(path)] = accuracies
     for repeat in repeats.values():
         if len(repeat) > 1:
             rows.append([f"{os.path.commonprefix([*repeat])}*, {len(repeat)} seeds",
                          *(f"{statistics.mean(a):.2f} ± {statistics.stdev(a):.2f}" for a in zip(*repeat.values()))])
     if args.sweep is not None:
-        rows = list(zip(*rows))  # a row an ε
-    for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]] if RANK == 0 else []:
+        rows = list(zip(*rows))  # one row per ε
+    for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]:
         print("|", " | ".join(row), "|", flush=True)
 
 
 def parse_args():
-    count = train.number(int, 1)
-    parser = argparse.ArgumentParser(
+    count = train.in_range(int, 1)
+    parser = train.Parser(
         description="Clean, PGD or AutoAttack accuracy (%) of checkpoints on held-out images, as a Markdown table; "
                     "beside each checkpoint, as JSON.",
         allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = train.fail
-    add = parser.add_argument
-    add("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="checkpoint.pt of train.py")
-    add("--attack", default="pgd", choices=["clean", "pgd", "autoattack"],
-        help="autoattack is its standard version, complete: APGD-CE, APGD-T, FAB-T and Square")
-    add("--eps", nargs="+", default=["1/255", "2/255", "4/255"], metavar="E",
-        help="radii of the L∞ ball, in pixels of [0, 1]")
-    add("--sweep", type=train.number(int, 1, 255), metavar="N", help="0/255, 1/255, ... N/255 in the place of --eps")
-    add("--steps", default=10, type=count, metavar="N", help="pgd: steps, of size 2.5ε/N")
-    add("--restarts", default=1, type=count, metavar="N", help="pgd: random starts")
-    add("--num-images", default=1000, type=count, metavar="N",
-        help="held-out images: the same for all checkpoints, the classes in equal parts")
-    add("--batch-size", default=256, type=count, metavar="N", help="images per process and forward pass")
-    add("--save-adversarial", type=Path, metavar="FILE",
-        help="keep the closest adversarial images, float32 (rounded to 8 bits they may fool nobody), and their radii")
-    add("--resume", action="store_true", help="go on from where the same command was interrupted")
-    add("--amp", default="off", choices=["off", "bf16"], help="mixed precision; its rounding decides close calls")
-    add("--data-dir", metavar="DIR", help="where the data are; the place they were trained from if not given")
-    add("--device", choices=["cpu", "cuda"], help="cuda where there is one, if not given")
+    parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="checkpoint.pt of train.py")
+    parser.add_argument("--attack", default="pgd", choices=["clean", "pgd", "autoattack"],
+                        help="autoattack is its standard version, complete: APGD-CE, APGD-T, FAB-T and Square")
+    parser.add_argument("--eps", nargs="+", default=["1/255", "2/255", "4/255"], metavar="E",
+                        help="radii of the L∞ ball, in pixels of [0, 1]")
+    parser.add_argument("--sweep", type=train.in_range(int, 1, 255), metavar="N",
+                        help="0/255, 1/255, ... N/255 in the place of --eps")
+    parser.add_argument("--steps", default=10, type=count, metavar="N", help="pgd: steps, of size 2.5ε/N")
+    parser.add_argument("--restarts", default=1, type=count, metavar="N", help="pgd: random starts")
+    parser.add_argument("--num-images", default=1000, type=count, metavar="N",
+                        help="held-out images: the same for all checkpoints, the classes in equal parts")
+    parser.add_argument("--batch-size", default=256, type=count, metavar="N",
+                        help="images per process and forward pass")
+    parser.add_argument("--data-dir", metavar="DIR",
+                        help="where the data are; the place they were trained from if not given")
     args = parser.parse_args()
     args.name = {"clean": "clean", "pgd": f"PGD-{args.steps}" + f"x{args.restarts}" * (args.restarts > 1),
                  "autoattack": "AutoAttack"}[args.attack]
@@ -589,16 +527,11 @@ def parse_args():
     elif args.sweep is not None:
         args.eps = [f"{k}/255" for k in range(args.sweep + 1)]
     try:
-        args.radii = [train.number(float, 0, 1)(label) for label in args.eps]
-    except argparse.ArgumentTypeError as error:
-        parser.error(f"argument --eps: {error}")
-    args.device = train.choose_device(args.device)
-    if args.save_adversarial:
-        if args.save_adversarial.exists():
-            parser.error(f"--save-adversarial {args.save_adversarial} exists already: choose another name")
-        train.make_writable(args.save_adversarial.parent, "choose another place by --save-adversarial")
+        args.radii = [train.in_range(float, 0, 1)(label) for label in args.eps]
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise Mistake(f"argument --eps: {error}") from None
     return args
 
 
 if __name__ == "__main__":
-    main()
+    train.run_script(main, "the same command goes on after the last attack")

@@ -5,51 +5,72 @@
     python visualize.py accuracy  runs/natural runs/gradnorm runs/adversarial    # clean and PGD-10 against the epoch
     python visualize.py sweep     runs/natural runs/gradnorm runs/adversarial    # PGD against ε, of evaluate.py --sweep
     python visualize.py cost      runs/natural runs/gradnorm runs/adversarial    # robustness against training time
-    python visualize.py weights   runs/natural runs/gradnorm-*                   # accuracy against λ_GN / λ_CE
+    python visualize.py attack    runs/natural runs/gradnorm                     # what the models say when attacked
     python visualize.py all       runs/                                          # all that the folder's runs allow
 
-A picture goes where --output says, else into the folder that holds the first run. Curves need matplotlib.
+A picture goes where --output says, else into the folder that holds the first run. Needs matplotlib.
 """
 
 import argparse
 import json
-import os
-import statistics
+import warnings
 from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
-from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 
 import train
-from gradnorm import input_gradient
+from gradnorm import input_gradient, pgd_attack
+from train import Mistake
 
 # A method has the same colour in every picture; these can be told apart by colour-blind readers (Okabe, Ito, 2008).
 COLOURS = {"natural": "#0072B2", "gradnorm": "#D55E00", "adversarial": "#009E73"}
 NAMES = {"natural": "natural", "gradnorm": "GradNorm", "adversarial": "adversarial"}
 
 
-class CannotDraw(Exception):
-    """A picture whose data are not there; says what is missing and how to get it."""
-
-
-# The pictures. Each takes runs, as load_run reads them, and returns a PIL image or a matplotlib figure.
+# The pictures. Each takes runs, as load_run reads them, and returns a matplotlib figure; it raises Mistake where their
+# data are not there, and says how to get them.
 
 
 def gradients(runs, count=6):
     """Rows: held-out images of different classes that all models classify rightly. Columns: the image, and ∇x L of each
     model with its L1 norm."""
+    models, x, labels, names = models_and_images(runs, count)
+    columns, captions = [x], [names]
+    for model in models:
+        gradient = input_gradient(model, x, labels)
+        columns.append(gradient_tiles(gradient))
+        captions.append([f"L1 norm {norm:.2g}" for norm in gradient.abs().sum((1, 2, 3)).tolist()])
+    return captioned_grid(columns, ["image"] + [run["label"] for run in runs], captions)
+
+
+def attack(runs, count=3, steps=20):
+    """Rows: held-out images that all models classify rightly. Columns: the image; for each model, what PGD adds to it
+    at the training ε, enlarged, and the sum. Below these, what the model says of the image before and after."""
+    models, x, labels, names = models_and_images(runs, count)
+    columns, titles, captions = [x], ["image"], [names]
+    for model, run in zip(models, runs):
+        eps, classes = run["config"]["eps"], run["config"]["classes"]
+        torch.manual_seed(0)
+        attacked = pgd_attack(model, x, labels, eps=eps, steps=steps)
+        columns += [0.5 + 0.5 * (attacked - x) / eps, attacked]
+        titles += [f"{run['label']}: {0.5 / eps:.0f} × change", f"attacked, ε = {fraction(run)}"]
+        for images, words in (x, "before: "), (attacked, "after: "):
+            with torch.no_grad():
+                confidence, said = model(images).softmax(1).max(1)
+            captions.append([f"{words}{classes[i]} {c:.0%}" for c, i in zip(confidence.tolist(), said.tolist())])
+    return captioned_grid(columns, titles, captions)
+
+
+def models_and_images(runs, count):
+    """The models of the runs; `count` held-out images (N, C, H, W) that all of them classify rightly, the classes in
+    turn; their labels (N,), and the names of these."""
     config = runs[0]["config"]
     for run in runs:
         if any(run["config"][name] != config[name] for name in ("dataset", "classes", "val_images")):
-            raise CannotDraw(f"{run['path']} and {runs[0]['path']} were trained on different data")
-    try:
-        models = [train.load_checkpoint(run["path"] / "checkpoint.pt")[0] for run in runs]
-    except ValueError as error:
-        raise CannotDraw(error) from None
+            raise Mistake(f"{run['path']} and {runs[0]['path']} were trained on different data")
+    models = [train.load_checkpoint(run["path"] / "checkpoint.pt")[0] for run in runs]
     test_set = train.load_dataset(argparse.Namespace(**config), train=False)
     images, labels = train.held_out(test_set, min(200, len(test_set)))
     x = images.float() / 255
@@ -57,14 +78,8 @@ def gradients(runs, count=6):
         right = torch.stack([model(x).argmax(1) == labels for model in models]).all(0)
     chosen = right.nonzero()[:count, 0]  # held_out lets the classes take turns
     if not len(chosen):
-        raise CannotDraw("no image is classified rightly by all models: train them longer")
-    x, labels = x[chosen], labels[chosen]
-    columns, captions = [x], [[config["classes"][label] for label in labels]]
-    for model in models:
-        gradient = input_gradient(model, x, labels)
-        columns.append(gradient_tiles(gradient))
-        captions.append([f"L1 norm {norm:.2g}" for norm in gradient.abs().sum((1, 2, 3)).tolist()])
-    return captioned_grid(columns, ["image"] + [run["label"] for run in runs], captions)
+        raise Mistake("no image is classified rightly by all models: train them longer")
+    return models, x[chosen], labels[chosen], [config["classes"][label] for label in labels[chosen]]
 
 
 def gradient_tiles(gradient, quantile=0.99):
@@ -73,25 +88,17 @@ def gradient_tiles(gradient, quantile=0.99):
     return (0.5 + 0.5 * gradient / q[:, None, None, None]).clamp(0, 1)
 
 
-def captioned_grid(columns, titles, captions, tile=150, gap=10):
+def captioned_grid(columns, titles, captions):
     """Columns of images (N, C, H, W) in [0, 1], each with a title above and a caption under every image."""
-    scale = max(1, round(tile / columns[0].shape[-1]))
-    columns = [F.interpolate(column, scale_factor=scale, mode="nearest") for column in columns]
-    height, width = columns[0].shape[-2:]
-    font, small = ImageFont.load_default(20), ImageFont.load_default(17)
-    caption, header = 26, 34
-    # A white frame around each tile leaves room for its caption.
-    tiles = [F.pad(image.expand(3, -1, -1), (gap, gap, 0, caption + gap), value=1.0)
-             for row in zip(*columns) for image in row]
-    picture = to_pil_image(F.pad(make_grid(tiles, nrow=len(columns), padding=0), (0, 0, header, 0), value=1.0))
-    draw = ImageDraw.Draw(picture)
-    for i, title in enumerate(titles):
-        centre = i * (width + 2 * gap) + gap + width / 2
-        draw.text((centre, header / 2), title, fill="black", font=font, anchor="mm")
-        for j, text in enumerate(captions[i]):
-            below = header + j * (height + caption + gap) + height + caption / 2
-            draw.text((centre, below), text, fill="black", font=small, anchor="mm")
-    return picture
+    figure, axes = matplotlib().subplots(len(columns[0]), len(columns), squeeze=False, layout="constrained",
+                                         figsize=(2.2 * len(columns), 2.5 * len(columns[0]) + 0.4))
+    for column, title, below, column_axes in zip(columns, titles, captions, axes.T):
+        column_axes[0].set_title(title)
+        for image, caption, ax in zip(column, below, column_axes):
+            ax.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
+            ax.set(xticks=[], yticks=[], xlabel=caption)
+            ax.spines[:].set_visible(False)
+    return figure
 
 
 def epochs(runs, columns=10):
@@ -101,7 +108,7 @@ def epochs(runs, columns=10):
     for run in runs:
         files = sorted((run["path"] / "gradients").glob("*.pt"))
         if not files:
-            raise CannotDraw(f"{run['path']}/gradients is empty: train.py writes a file into it after each epoch")
+            raise Mistake(f"{run['path']}/gradients is empty: train.py writes a file into it after each epoch")
         files = [files[round(i)] for i in torch.linspace(0, len(files) - 1, min(columns, len(files))).tolist()]
         kept = [torch.load(file, weights_only=True) for file in files]
         tiles = [kept[0]["images"][:2] / 255, *(gradient_tiles(each["gradients"].float()[:2]) for each in kept)]
@@ -137,9 +144,12 @@ def accuracy(runs):
     for run in runs:
         plot(ax, run, *column(run, "clean_accuracy"))
         plot(ax, run, *column(run, "pgd10_accuracy"), linestyle="--", label="_")
+    radii = " and ".join(sorted({fraction(run) for run in runs}))
+    ax.plot([], [], color="black", label="clean")
+    ax.plot([], [], color="black", linestyle="--", label=f"PGD-10\nε = {radii}")
     ax.locator_params(axis="x", integer=True)
-    attacked = "PGD-10\nε = " + " and ".join(sorted({fraction(run) for run in runs}))
-    finish_accuracies(figure, ax, attacked, xlabel="epoch")
+    ax.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(-2, 102))
+    figure.legend(loc="outside right upper")
     return figure
 
 
@@ -148,9 +158,9 @@ def sweep(runs):
     figure, ax = curves()
     attacks = set()
     for run in runs:
-        result = best_result(run, "*-sweep-*.json")
+        result = best_result(run, "*-sweep*.json")
         if result is None:
-            raise CannotDraw(f"{run['path']} has no sweep: python evaluate.py {run['path']}/checkpoint.pt --sweep 32 "
+            raise Mistake(f"{run['path']} has no sweep: python evaluate.py {run['path']}/checkpoint.pt --sweep 32 "
                              "--steps 100")
         plot(ax, run, [255 * eps for eps in result["radii"]], result["robust_accuracy"])
         attacks.add(attack_name(result))
@@ -162,65 +172,20 @@ def sweep(runs):
 
 
 def cost(runs):
-    """Robust accuracy against the time of training: a point a setting, the mean of its seeds; the bar is their standard
-    deviation."""
+    """Robust accuracy against the time of training, one point per run."""
     figure, ax = curves()
-    attack, _, robust = accuracies(runs)
-    repeats, times, adversarial = {}, [], []
-    for run, value in zip(runs, robust):
-        minutes = sum(column(run, "seconds")[1]) / 60
-        repeats.setdefault(json.dumps(train.setting(run["config"])), []).append((run, minutes, value))
-    for repeat in repeats.values():
-        same, minutes, values = zip(*repeat)
-        name = os.path.commonprefix([run["label"] for run in same]).rstrip("-") or same[0]["label"]
-        times.append(statistics.mean(minutes))
-        mean = statistics.mean(values)
-        plot(ax, same[0], times[-1:], [mean], markersize=9, linestyle="none",
-             label=name + f", {len(same)} seeds" * (len(same) > 1))
-        if len(same) > 1:
-            ax.errorbar(times[-1], mean, statistics.stdev(values), fmt="none", ecolor=same[0]["colour"])
-        if same[0]["method"] == "adversarial":
-            adversarial.append(times[-1])
+    attack, robust = robust_accuracies(runs)
+    times = [sum(column(run, "seconds")[1]) / 60 for run in runs]
+    for run, minutes, value in zip(runs, times, robust):
+        plot(ax, run, [minutes], [value], markersize=9, linestyle="none")
     ax.set(xlabel="training time (minutes)", xlim=(0, 1.15 * max(times)),
            ylabel=f"{attack} accuracy (%), ε = {fraction(runs[0])}")
-    if adversarial:
-        percent = adversarial[0] / 100
-        top = ax.secondary_xaxis("top", functions=(lambda time: time / percent, lambda share: share * percent))
-        top.set_xlabel("of adversarial training's time (%)")
     figure.legend(loc="outside right upper")
     return figure
 
 
-def weights(runs):
-    """Clean (solid) and robust accuracy (dashed) against λ_GN / λ_CE, means of the seeds. Natural training is GradNorm
-    at 0; adversarial training has no such weight: a level line."""
-    attack, clean, robust = accuracies(runs)
-    settings = [train.setting(run["config"]) for run in runs if run["method"] == "gradnorm"]
-    differ = {name for setting in settings for name in setting if setting[name] != settings[0][name]}
-    if not differ or differ - {"lambda_gn", "lambda_ce"} or not all(setting["lambda_ce"] for setting in settings):
-        raise CannotDraw("it takes GradNorm runs that differ in --lambda-gn alone, and a --lambda-ce over 0; these "
-                         f"differ in {', '.join(sorted(differ)) or 'nothing'}")
-    points, level = {}, []
-    for run, *both in zip(runs, clean, robust):
-        if run["method"] == "adversarial":
-            level.append(both)
-        else:
-            weight = run["config"]["lambda_gn"] / run["config"]["lambda_ce"] if run["method"] == "gradnorm" else 0.0
-            points.setdefault(weight, []).append(both)
-    figure, ax = curves()
-    for i, style, hidden in (0, "-", ""), (1, "--", "_"):  # the legend leaves out what begins with _
-        means = [statistics.mean(both[i] for both in points[weight]) for weight in sorted(points)]
-        ax.plot(sorted(points), means, linestyle=style, marker="o", linewidth=2, color=COLOURS["gradnorm"],
-                label=hidden + NAMES["gradnorm"])
-        if level:
-            ax.axhline(statistics.mean(both[i] for both in level), linestyle=style, linewidth=2,
-                       color=COLOURS["adversarial"], label=hidden + NAMES["adversarial"])
-    finish_accuracies(figure, ax, f"{attack}\nε = {fraction(runs[0])}", xlabel="λ_GN / λ_CE")
-    return figure
-
-
 PICTURES = {"gradients": gradients, "epochs": epochs, "accuracy": accuracy, "sweep": sweep, "cost": cost,
-            "weights": weights}
+            "attack": attack}
 
 
 # What they are made of
@@ -230,7 +195,7 @@ def matplotlib():
     try:
         import matplotlib
     except ImportError:
-        raise CannotDraw("curves need matplotlib: pip install matplotlib") from None
+        raise Mistake("pictures need matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")  # no screen
     import matplotlib.pyplot as plt
     plt.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False,
@@ -244,14 +209,6 @@ def curves():
     return figure, ax
 
 
-def finish_accuracies(figure, ax, attacked, xlabel):
-    """The axes and the legend of curves that are solid for clean accuracy, dashed for that under attack."""
-    ax.plot([], [], color="black", label="clean")
-    ax.plot([], [], color="black", linestyle="--", label=attacked)
-    ax.set(xlabel=xlabel, ylabel="accuracy (%)", ylim=(-2, 102))
-    figure.legend(loc="outside right upper")
-
-
 def plot(ax, run, x, y, **style):
     ax.plot(x, y, **{"color": run["colour"], "label": run["label"], "linewidth": 2, "marker": run["marker"],
                      "markersize": 5, "markevery": max(1, len(x) // 10)} | style)
@@ -259,10 +216,9 @@ def plot(ax, run, x, y, **style):
 
 def column(run, name):
     """Epochs, and the values of that name in metrics.jsonl."""
-    lines = [line for line in run["metrics"] if isinstance(line.get(name), (int, float))]
-    if not lines:
-        raise CannotDraw(f"{run['path']}/metrics.jsonl has no {name}: train.py writes it after each epoch")
-    return [line["epoch"] for line in lines], [line[name] for line in lines]
+    if not run["metrics"]:
+        raise Mistake(f"{run['path']} has no metrics.jsonl: train.py writes it after each epoch")
+    return [line["epoch"] for line in run["metrics"]], [line[name] for line in run["metrics"]]
 
 
 def best_result(run, pattern, eps=None):
@@ -272,18 +228,18 @@ def best_result(run, pattern, eps=None):
                key=lambda result: (result["num_images"], result["steps"]), default=None)
 
 
-def accuracies(runs):
-    """The attack's name, and the clean and the robust accuracy of each run at the training ε of the first: AutoAttack's
-    where all runs have it, else PGD's."""
+def robust_accuracies(runs):
+    """The attack's name, and the robust accuracy of each run at the training ε of the first: AutoAttack's where all
+    runs have it, else PGD's."""
     eps = runs[0]["config"]["eps"]
     results = [best_result(run, "autoattack-*.json", eps) for run in runs]
     if None in results:
         results = [best_result(run, "pgd*.json", eps) for run in runs]
     for run, result in zip(runs, results):
         if result is None:
-            raise CannotDraw(f"{run['path']} has no result at ε = {fraction(runs[0])}: python evaluate.py "
-                             f"{run['path']}/checkpoint.pt --eps {fraction(runs[0])}")
-    return (" and ".join(sorted(set(map(attack_name, results)))), [result["clean_accuracy"] for result in results],
+            raise Mistake(f"{run['path']} has no result at ε = {fraction(runs[0])}: python evaluate.py "
+                          f"{run['path']}/checkpoint.pt --eps {fraction(runs[0])}")
+    return (" and ".join(sorted(set(map(attack_name, results)))),
             [result["robust_accuracy"][result["radii"].index(eps)] for result in results])
 
 
@@ -296,30 +252,13 @@ def fraction(run):
 
 
 def load_run(path):
-    """A run's folder: its configuration, its metrics (a dict an epoch), its results of evaluate.py, how it is drawn.
+    """A run's folder: its configuration, its metrics (one dict per epoch), its results of evaluate.py, how it is drawn.
     Only without results is the checkpoint read: they are enough for the curves, where they are kept alone."""
     path = path.parent if path.is_file() else path
-    metrics, file = [], path / "metrics.jsonl"
-    for number, text in enumerate(file.read_bytes().splitlines() if file.exists() else [], 1):
-        try:
-            line = json.loads(text)
-            line["epoch"] + 0
-            metrics.append(line)
-        except (ValueError, TypeError, KeyError):
-            train.warn(f"{file}, line {number}, is not one of train.py's: skipped")
-    results = []
-    for file in sorted(path.glob("*.json")):
-        try:
-            result = json.loads(file.read_bytes()) | {"file": file.name}
-            result["num_images"], result["steps"], zip(result["radii"], result["robust_accuracy"])
-            COLOURS[result["config"]["method"]]
-            results.append(result)
-        except (ValueError, TypeError, KeyError):
-            train.warn(f"{file} is not a result of evaluate.py: skipped")
-    try:
-        config = results[0]["config"] if results else train.read_checkpoint(path / "checkpoint.pt")["config"]
-    except ValueError as error:
-        raise CannotDraw(error) from None
+    file = path / "metrics.jsonl"
+    metrics = [json.loads(line) for line in file.read_bytes().splitlines()] if file.exists() else []
+    results = [json.loads(file.read_bytes()) | {"file": file.name} for file in sorted(path.glob("*.json"))]
+    config = results[0]["config"] if results else train.read_checkpoint(path / "checkpoint.pt")["config"]
     method = config["method"]
     return {"path": path, "config": config, "metrics": metrics, "results": results, "method": method,
             "colour": COLOURS[method], "label": NAMES[method], "marker": "o"}
@@ -338,13 +277,10 @@ def told_apart(runs):
     return runs
 
 
-def save(picture, path):
+def save(figure, path):
     with train.replace(path) as file:
-        if isinstance(picture, Image.Image):
-            picture.save(file, "PNG")
-        else:
-            picture.savefig(file, dpi=150, format="png")
-            matplotlib().close(picture)
+        figure.savefig(file, dpi=150, format="png")
+    matplotlib().close(figure)
     print(path)
 
 
@@ -352,9 +288,8 @@ def save(picture, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = train.fail
+    parser = train.Parser(description=__doc__, allow_abbrev=False,
+                          formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("picture", choices=[*PICTURES, "all"], help="all makes each of them that it has the data for")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
                         help="folders of train.py, or their checkpoints; for all, folders that hold such folders")
@@ -363,13 +298,10 @@ def main():
     if args.picture == "all":
         draw_all(args)
         return
-    try:
-        runs = told_apart([load_run(path) for path in args.runs])
-        output = args.output or runs[0]["path"].resolve().parent / f"{args.picture}.png"
-        train.make_writable(output.parent, "choose another place by --output")
-        save(PICTURES[args.picture](runs), output)
-    except CannotDraw as error:
-        train.fail(error)
+    runs = told_apart([load_run(path) for path in args.runs])
+    output = args.output or runs[0]["path"].resolve().parent / f"{args.picture}.png"
+    train.make_folder(output.parent)
+    save(PICTURES[args.picture](runs), output)
 
 
 def draw_all(args):
@@ -378,20 +310,20 @@ def draw_all(args):
     for path in sorted({path.parent for folder in args.runs for path in folder.rglob("metrics.jsonl")}):
         try:
             folders.setdefault(path.parent, []).append(load_run(path))
-        except CannotDraw as error:
-            train.warn(f"left out: {error}")
+        except Mistake as error:
+            warnings.warn(f"left out: {error}")
     if not folders:
-        train.fail(f"no runs in {', '.join(map(str, args.runs))}: train.py makes them")
+        raise Mistake(f"no runs in {', '.join(map(str, args.runs))}: train.py makes them")
     for folder, runs in folders.items():
         runs = told_apart(sorted(runs, key=lambda run: list(COLOURS).index(run["method"])))
         output = args.output or folder
-        train.make_writable(output, "choose another place by --output")
+        train.make_folder(output)
         for name, draw in PICTURES.items():
             try:
                 save(draw(runs), output / f"{name}.png")
-            except CannotDraw as error:
-                train.warn(f"no {output / name}.png: {error}")
+            except Mistake as error:
+                warnings.warn(f"no {output / name}.png: {error}")
 
 
 if __name__ == "__main__":
-    main()
+    train.run_script(main, "what is drawn so far stays")
