@@ -329,7 +329,7 @@ def run_attack(turn, model, x, y, state, *, steps=10, batch_size=256, rank=0, wo
     """One turn, on this rank's share of the images that stand at its ε. Updates the state."""
     name, eps, number = turn
     rows = (state["radius"] > eps).nonzero()[rank::world_size, 0]
-    for some in rows.split(8 * batch_size):  # bounds the memory
+    for some in rows.split(8 * batch_size) if len(rows) else []:  # bounds the memory
         arguments = {"steps": steps} if name == "PGD" else {}
         if name != "FAB-T":  # which draws nothing
             arguments["seeds"] = F.pad(some[:, None], (0, 1), value=number)
@@ -387,6 +387,8 @@ def main():
     results = {path: evaluate_checkpoint(path, model, config, x, y, args) for path, (model, config) in models.items()}
     if RANK == 0:
         print_table(results, args)
+        for path in results:  # kept until all of them are evaluated
+            result_path(path, args).with_suffix(".progress").unlink()
 
 
 def evaluate_checkpoint(path, model, config, x, y, args):
@@ -410,8 +412,8 @@ def evaluate_checkpoint(path, model, config, x, y, args):
     start = time.perf_counter() - progress["seconds"]
     bar = tqdm(turns[progress["done"]:], desc=str(path), initial=progress["done"], total=len(turns), leave=False,
                unit=" attacks", disable=True if RANK else None)
+    write_json(path_of_progress, progress)  # to be unable to must not cost an hour
     for turn in bar:
-        write_json(path_of_progress, progress)  # before the first too: to be unable to must not cost an hour
         name, eps, _ = turn
         bar.set_postfix_str(f"{accuracy(state, eps):.2f} % left for {name} at {args.eps[args.radii.index(eps)]}")
         run_attack(turn, model, x, y, state, steps=args.steps, batch_size=args.batch_size, rank=RANK,
@@ -419,6 +421,7 @@ def evaluate_checkpoint(path, model, config, x, y, args):
         progress["after"][name] = [accuracy(state, eps) for eps in args.radii]
         progress |= {"radius": state["radius"].tolist(), "done": progress["done"] + 1,
                      "seconds": time.perf_counter() - start}
+        write_json(path_of_progress, progress)
     lost = [before - after for before, after in zip(*(progress["after"].get(name, []) for name in ("FAB-T", "Square")))]
     if any(lost):
         lines.append(f"Square, which follows no gradient, broke {max(lost):.2f} % of the images after the attacks that "
@@ -428,10 +431,8 @@ def evaluate_checkpoint(path, model, config, x, y, args):
         "robust_accuracy": [accuracy(state, eps) for eps in args.radii], "after": progress["after"], "warnings": lines,
         "seconds": time.perf_counter() - start, "config": config}
     write_json(path_of_result, result)
-    if RANK == 0:
-        path_of_progress.unlink(missing_ok=True)
-        for line in lines:
-            warnings.warn(f"{path}: {line}")
+    for line in lines if RANK == 0 else []:
+        warnings.warn(f"{path}: {line}")
     return result
 
 

@@ -969,7 +969,8 @@ def test_pretrained_head_is_replaced_for_other_classes_alone(monkeypatch, name):
     (["--method", "magic"], ["magic", "natural", "gradnorm", "adversarial"]),
     (["--model", "resnet19"], ["resnet19", "resnet18", "convnet"]),
     (["--eps", "four"], ["--eps", "four"]),
-    (["--eps", "255/4"], ["--eps", "255/4", "from 0 to 1"]),
+    (["--eps", "255/4"], ["--eps", "255/4", "to 1"]),
+    (["--eps", "4/0"], ["--eps", "4/0"]),
     (["--eps", "nan"], ["--eps", "nan"]),
     (["--epochs", "-5"], ["--epochs", "-5"]),
     (["--epochs", "1.5"], ["--epochs", "1.5"]),
@@ -992,7 +993,7 @@ def test_bad_input_is_a_mistake_in_one_line(folder, tmp_path, flags, words):
 
 
 @pytest.mark.parametrize("script, flags, line", [
-    ("train.py", ["--eps", "4"], "train.py: error: argument --eps: 4 is not in the range from 0 to 1"),
+    ("train.py", ["--eps", "4"], "train.py: error: argument --eps: 4 is not in the range from 1e-06 to 1"),
     ("evaluate.py", ["none.pt"], "evaluate.py: error: no checkpoint at none.pt"),
     ("visualize.py", ["all", "none"], "visualize.py: error: no runs in none: train.py makes them"),
 ])
@@ -1218,7 +1219,7 @@ def test_apgd_is_algorithm_1_of_its_paper(targeted):
         for k, image in enumerate(xs):
             torch.testing.assert_close(seen[k][i], image, rtol=0, atol=1e-9)
     assert halvings > 8 and returns > 8
-    assert evaluate.apgd_checkpoints(1) == [1] and evaluate.apgd_checkpoints(10)[0] == 2
+    assert evaluate.apgd_checkpoints(1) == [1] and evaluate.apgd_checkpoints(10) == [2, 3, 4, 5, 6, 7, 8, 9, 10]
 
 
 def test_targeted_dlr_is_invariant_to_scale_and_shift():
@@ -1425,7 +1426,7 @@ def test_signs_of_untrustworthy_robustness_are_told():
 
 
 def result(path, name):
-    return json.loads((Path(path) / name).read_text())
+    return json.loads((path / name).read_text()) | {"seconds": 0}
 
 
 @pytest.fixture(scope="session")
@@ -1447,7 +1448,7 @@ def checkpoint(gallery, tmp_path):
 
 
 def rewrite(path, to=None, bias=0.0, **config):
-    """A checkpoint with other settings, and with this added to the bias of each class."""
+    """Save a checkpoint with other settings, and with `bias` added to those of its last layer."""
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["config"] |= config
     checkpoint["model"]["1.head.bias"] += torch.tensor(bias)
@@ -1504,24 +1505,22 @@ def turns_of(*flags, limit=None):
     return turns
 
 
-def timeless(path):
-    return json.loads(path.read_text()) | {"seconds": 0}
-
-
 def test_interrupted_evaluation_goes_on_and_ends_as_undisturbed(checkpoint, short_square):
-    flags = [checkpoint, "--attack", "autoattack", "--eps", "40/255", "64/255", "--num-images", "12"]
+    rewrite(checkpoint, checkpoint.with_name("a.pt"), seed=5)  # is evaluated first, and not again
+    flags = [checkpoint.with_name("a.pt"), checkpoint, "--attack", "autoattack", "--eps", "40/255", "64/255",
+             "--num-images", "12"]
     path, progress = (checkpoint.with_name(f"autoattack-12-eps40-64{suffix}") for suffix in (".json", ".progress"))
-    turns, undisturbed = turns_of(*flags), timeless(path)
+    turns, undisturbed = turns_of(*flags), result(path.parent, path.name)
     path.unlink()
-    assert turns_of(*flags, limit=4) == turns[:4] and not path.exists()
+    assert turns_of(*flags, limit=14) == turns[:14] and not path.exists()
     left = progress.read_bytes()
     progress.with_suffix(".progress.tmp").write_bytes(left[:50])  # as a kill leaves it
-    assert turns_of(*flags) == turns[4:] and timeless(path) == undisturbed and not progress.exists()
+    assert turns_of(*flags) == turns[14:] and result(path.parent, path.name) == undisturbed and not progress.exists()
 
     rewrite(checkpoint, seed=1)
     progress.write_bytes(left)  # of another checkpoint now
-    assert turns_of(*flags) == turns and len(turns) == 10 and not progress.exists()
-    assert timeless(path)["after"] == undisturbed["after"]
+    assert turns_of(*flags) == turns and len(turns) == 20 and not progress.exists()
+    assert result(path.parent, path.name)["after"] == undisturbed["after"]
 
 
 def test_two_processes_go_on_as_one(checkpoint, capsys):
@@ -1529,13 +1528,14 @@ def test_two_processes_go_on_as_one(checkpoint, capsys):
     flags = [checkpoint, "--eps", "40/255", "48/255", "1", "--restarts", "2", "--num-images", "12"]
     path = checkpoint.with_name("pgd10x2-12-eps40-48-255.json")
     assert len(turns_of(*flags)) == 6
-    one, table = timeless(path), capsys.readouterr().out
+    one, table = result(path.parent, path.name), capsys.readouterr().out
     assert one["clean_accuracy"] > one["robust_accuracy"][0] > one["robust_accuracy"][1]
     turns_of(*flags, limit=1)
     path.unlink()
     two = start(*flags, launcher=TORCHRUN, script="evaluate.py")
     output, errors = two.communicate(timeout=120)
-    assert two.returncode == 0 and output == table and timeless(path) == one, errors
+    assert two.returncode == 0 and output == table, errors
+    assert result(path.parent, path.name) == one
     assert errors.count("not on test images") == 1  # rank 0 alone speaks
 
 
@@ -1647,7 +1647,7 @@ def test_attack_shows_pgd_and_what_the_models_say(runs):
         change = (2 * changes[1] - 1) * eps
         torch.testing.assert_close(change, attacked - x, rtol=0, atol=1e-6)
         assert 0.9 * eps < change.abs().max() < eps + 1e-6
-        assert changes[0] == f"{each['label']}: {255 / 2 / k:.0f} × change" and sums[0] == f"attacked, ε = {k}/255"
+        assert changes[0] == f"{each['label']}:\n{255 / 2 / k:.0f} × the change" and sums[0] == f"attacked,\nε = {k}/255"
         for said, when, pictured in ((changes[2], "before", images), (sums[2], "after", sums[1])):
             odds = model(pictured).exp() / model(pictured).exp().sum(1, keepdim=True)
             assert said == [f"{when}: {names[row.argmax()]} {row.max():.0%}" for row in odds]

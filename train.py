@@ -423,9 +423,9 @@ def draw_shapes(n, seed, size=32):
                 "heart": lambda angle: 0.55 - 0.45 * angle.sin(), "triangle": polygon(3), "square": polygon(4),
                 "propeller": flower(2), "clover": flower(3), "flower": flower(5), "cross": star(4), "star": star(6)}
     targets = torch.randperm(n, generator=rng) % len(outlines)
-    radius, turn = uniform(0.6, 0.85, 1, 1), uniform(-0.5, 0.5, 1, 1)
+    radius, turn = uniform(0.65, 0.85, 1, 1), uniform(-0.3, 0.3, 1, 1)
     axis = torch.linspace(-1, 1, size)
-    x, y = axis - uniform(-0.2, 0.2, 1, 1), axis[:, None] - uniform(-0.2, 0.2, 1, 1)
+    x, y = axis - uniform(-0.1, 0.1, 1, 1), axis[:, None] - uniform(-0.1, 0.1, 1, 1)
     angle, outline = torch.atan2(y, x) + turn, torch.empty(n, size, size)
     for target, r in enumerate(outlines.values()):
         outline[targets == target] = r(angle[targets == target])
@@ -584,11 +584,14 @@ def read_checkpoint(path):
 def replace(path):
     """A binary file to write, which takes the place of `path` at the end, whole, or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise Mistake(f"cannot write {path} ({error.strerror}): choose or mend its place") from None
 
 
 def make_folder(path):
@@ -609,7 +612,10 @@ class Parser(argparse.ArgumentParser):
 def in_range(kind, low, high=math.inf):
     """An argparse type: int, or float that may be a fraction such as 4/255; from `low` to `high`."""
     def number(text):
-        value = int(text) if kind is int else float(Fraction(text))
+        try:
+            value = int(text) if kind is int else float(Fraction(text))
+        except ArithmeticError:  # 4/0, 1e999
+            value = math.nan
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not in the range from {low} to {high}")
         return value
@@ -626,7 +632,7 @@ def make_parser():
     method = parser.add_argument_group("method")
     method.add_argument("--method", default="gradnorm", choices=["natural", "gradnorm", "adversarial"],
                         help="loss to minimise: cross-entropy, L_GradNorm, or cross-entropy of PGD's images")
-    method.add_argument("--eps", default="4/255", type=unit,
+    method.add_argument("--eps", default="4/255", type=in_range(float, 1e-6, 1),
                         help="radius of the L∞ ball, in pixels of [0, 1], for the loss and for the evaluation")
     method.add_argument("--lambda-ce", default=0.8, type=weight, help="gradnorm: weight of the cross-entropy")
     method.add_argument("--lambda-gn", default=1.2, type=weight, help="gradnorm: weight of the gradient norm")

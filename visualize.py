@@ -54,8 +54,8 @@ def attack(runs, count=3, steps=20):
         eps, classes = run["config"]["eps"], run["config"]["classes"]
         torch.manual_seed(0)
         attacked = pgd_attack(model, x, labels, eps=eps, steps=steps)
-        columns += [0.5 + 0.5 * (attacked - x) / eps, attacked]
-        titles += [f"{run['label']}: {0.5 / eps:.0f} × change", f"attacked, ε = {fraction(run)}"]
+        columns += [(0.5 + 0.5 * (attacked - x) / eps).clamp(0, 1), attacked]
+        titles += [f"{run['label']}:\n{0.5 / eps:.0f} × the change", f"attacked,\nε = {fraction(run)}"]
         for images, words in (x, "before: "), (attacked, "after: "):
             with torch.no_grad():
                 confidence, said = model(images).softmax(1).max(1)
