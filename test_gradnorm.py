@@ -5,11 +5,11 @@ breaks in practice in train.py, evaluate.py and visualize.py.
 """
 
 import argparse
-import functools
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -668,8 +668,10 @@ def test_init_starts_from_the_weights_of_another_run(folder, tmp_path):
     assert "natural-0" not in json.dumps(child_config)
     configs = [train.setting(saved(tmp_path / f"robust-{seed}", "config")) for seed in ("0", "1")]
     assert configs[0] == configs[1] != train.setting(config)
-    # The folder of the parent may be gone when the run is resumed.
-    run("--resume", "--output-dir", tmp_path / "robust-0")
+    run("--resume", "--output-dir", tmp_path / "robust-0")  # the parent may be gone by then
+    assert "did not start from --init" in mistake("--resume", "--output-dir", tmp_path / "natural-0", "--init", "x.pt")
+    assert "has seen these images" in mistake(*flags_for(folder, tmp_path / "other"), "--val-images", "12",
+                                              "--init", tmp_path / "natural-0/checkpoint.pt")
     assert "gelu is not silu" in mistake(*flags_for(folder, tmp_path / "other"), "--activation", "gelu",
                                          "--init", tmp_path / "natural-0/checkpoint.pt")
     assert not (tmp_path / "other").exists()
@@ -1080,7 +1082,7 @@ def test_train_and_val_must_have_the_same_classes(folder, tmp_path, capsys):
     (bad / "train").symlink_to(folder / "train")
     (bad / "val/blue").mkdir(parents=True)
     (bad / "val/blue/0.jpg").symlink_to(folder / "val/blue/0.jpg")
-    assert "['blue']" in mistake(*flags_for(bad, tmp_path / "run"))
+    assert "['green', 'red']" in mistake(*flags_for(bad, tmp_path / "run"))
 
 
 # The claim
@@ -1124,7 +1126,7 @@ RADII = [0.01, 0.03, 0.1, 0.3]
 @pytest.fixture
 def short_square(monkeypatch):
     """Square with 100 queries. It is tested by itself with all 5000."""
-    monkeypatch.setitem(evaluate.ATTACKS, "Square", functools.partial(evaluate.square, queries=100))
+    monkeypatch.setitem(evaluate.ATTACKS, "Square", partial(evaluate.square, queries=100))
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5, 12])
@@ -1647,7 +1649,8 @@ def test_attack_shows_pgd_and_what_the_models_say(runs):
         change = (2 * changes[1] - 1) * eps
         torch.testing.assert_close(change, attacked - x, rtol=0, atol=1e-6)
         assert 0.9 * eps < change.abs().max() < eps + 1e-6
-        assert changes[0] == f"{each['label']}:\n{255 / 2 / k:.0f} × the change" and sums[0] == f"attacked,\nε = {k}/255"
+        assert changes[0] == f"{each['label']}:\n{255 / 2 / k:.0f} × the change"
+        assert sums[0] == f"attacked,\nε = {k}/255"
         for said, when, pictured in ((changes[2], "before", images), (sums[2], "after", sums[1])):
             odds = model(pictured).exp() / model(pictured).exp().sum(1, keepdim=True)
             assert said == [f"{when}: {names[row.argmax()]} {row.max():.0%}" for row in odds]
@@ -1772,3 +1775,29 @@ def test_pictures_of_what_is_not_there_end_in_one_line(runs, tmp_path, monkeypat
         assert words in mistake(*flags, script=visualize)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install matplotlib" in mistake("accuracy", runs[1], script=visualize)
+
+
+def test_the_readmes_python_runs(gallery, short_square, tmp_path, monkeypatch):
+    """Block after block, with a stand-in for torchattacks; the first is the method."""
+    class PGD:
+        def __init__(self, model, eps, alpha, steps):
+            self.attack = partial(pgd_attack, model, eps=eps, step_size=alpha, steps=steps)
+
+        def __call__(self, x, y):
+            return self.attack(x, y)
+
+    monkeypatch.setitem(sys.modules, "torchattacks", argparse.Namespace(PGD=PGD))
+    (tmp_path / "runs").symlink_to(gallery)
+    monkeypatch.chdir(tmp_path)
+    model, _ = train.load_checkpoint("runs/natural/checkpoint.pt")
+    names = {"F": F, "torch": torch, "model": model, "eps": 4 / 255, "x": torch.rand(3, 3, 16, 16), "y": torch.arange(3)}
+    expected = gradnorm_loss(model, names["x"], names["y"])
+    first, *others = re.findall("```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    exec(first, names)
+    torch.testing.assert_close(names["loss"], expected)
+    assert len(others) == 3
+    names["x"] = names["x"].detach()
+    for block in others:
+        exec(block, names)
+        assert (names["adversarial"] - names["x"]).abs().max() <= 8.001 / 255
+    assert 0 <= names["accuracy"] <= 100

@@ -62,7 +62,7 @@ class Objective(nn.Module):
         --gradnorm-every leaves without a penalty."""
         args = self.args
         if args.method == "gradnorm" and penalise:
-            # With the penalty in every K-th step alone, K times the weight keeps its mean.
+            # With the penalty only in every K-th step, K times the weight keeps its mean.
             weights = {"lambda_ce": args.lambda_ce, "lambda_gn": args.lambda_gn * args.gradnorm_every * ramp}
             if args.h:
                 return gradnorm_loss_finite_difference(self.model, x, y, eps=args.eps, h=args.h, **weights)
@@ -107,7 +107,7 @@ def train(args, checkpoint, device):
         first_epoch, metrics = checkpoint["epoch"], checkpoint["metrics"]
     check_epoch(first_epoch)
     config = vars(args) | {"classes": train_set.classes, "channels": len(model[0].mean), "world_size": WORLD_SIZE}
-    del config["init"]  # what matters of it is `parent`, the settings of that run
+    del config["init"]  # a path; `parent` has the settings of the run that it names, or None
     output_dir = Path(args.output_dir)
     if RANK == 0:
         make_folder(output_dir / "gradients")
@@ -121,7 +121,7 @@ def train(args, checkpoint, device):
         torch.manual_seed(int(np.random.SeedSequence([args.seed, epoch, RANK]).generate_state(1)[0]))
         loader.sampler.set_epoch(epoch)
         model.train()
-        if args.parent:
+        if args.parent:  # --init: as in the paper, the statistics of the network that it starts from stay
             freeze_batchnorm(model)
         losses, start = [], time.perf_counter()
         bar = tqdm(loader, leave=False, desc=f"epoch {epoch + 1}/{args.epochs}", disable=True if RANK else None)
@@ -146,7 +146,8 @@ def train(args, checkpoint, device):
                 ema.update_parameters(model)
 
             losses.append(loss.detach())
-            # DDP averages a nan into every rank's gradients: all ranks stop here together. GradScaler may skip a few.
+            # DDP averages a nan into every rank's gradients: all ranks stop here together. In fp16 some overflow is
+            # normal: GradScaler skips the step and halves its scale. Below a scale of 1 it is no accident.
             if not norm.isfinite() and not (scaler.is_enabled() and scaler.get_scale() >= 1):
                 raise Mistake(f"not finite in epoch {epoch + 1}, step {step + 1}: loss {loss.item()}, norm of its "
                               f"gradient {norm.item()}; lower --lr or --lambda-gn. The last good checkpoint stays in "
@@ -159,7 +160,7 @@ def train(args, checkpoint, device):
         if ema:
             averaged = evaluate(ema.module, eval_images, eval_labels, args.eps, args.batch_size, device)
             metrics[-1] |= {f"ema_{name}": value for name, value in averaged.items()}
-        if RANK == 0:  # the checkpoint last: whatever a kill leaves without one is written anew
+        if RANK == 0:  # the checkpoint last: after a kill before it, the epoch is repeated and all is written anew
             save_gradients(output_dir / f"gradients/{epoch + 1:04d}.pt", (ema.module if ema else model).eval(),
                            eval_images[:4], eval_labels[:4], device)
             with replace(output_dir / "metrics.jsonl") as file:
@@ -246,7 +247,8 @@ def load_data_and_model(args, checkpoint):
         train_set, test_set = load_dataset(args, train=True), load_dataset(args, train=False)
         image, classes = train_set[0][0], train_set.classes
         if test_set.classes != classes:
-            raise Mistake(f"train/ has the classes {classes}, val/ {test_set.classes}: they must be the same")
+            raise Mistake("train/ and val/ must have the same classes: "
+                          f"{sorted({*classes} ^ {*test_set.classes})[:5]} are in one alone")
         if checkpoint and checkpoint["config"]["classes"] != classes:
             raise Mistake(f"the data have {len(classes)} classes, not the {len(checkpoint['config']['classes'])} of "
                           "the checkpoint: resume with the same --data-dir")
@@ -265,7 +267,7 @@ def load_data_and_model(args, checkpoint):
 
 
 def make_loader(train_set, args, pin_memory):
-    """Batches of shuffled images, (N, C, H, W) uint8, and targets; each rank has its share, which set_epoch draws."""
+    """Batches of images, (N, C, H, W) uint8, and targets: this rank's share, shuffled anew by set_epoch."""
     sampler = DistributedSampler(train_set, WORLD_SIZE, RANK, seed=args.seed, drop_last=True)
     in_memory = isinstance(train_set, Images)  # which hands out whole batches
     return DataLoader(train_set, args.batch_size, sampler=sampler, drop_last=True, pin_memory=pin_memory,
@@ -300,8 +302,8 @@ class Images(Dataset):
 
 
 def load_dataset(args, train):
-    """The images to train on, or those held out: the test part of --dataset, or with --val-images as many of its
-    training images, the classes in equal parts. Of (image (C, H, W) uint8, class index)."""
+    """The images to train on, or those to evaluate on: the test part of --dataset, or, with --val-images, so many of
+    its training images, the classes in equal parts. Its items are (image (C, H, W) uint8, class index)."""
     dataset = load_part(args, train or args.val_images > 0, augment=train)
     if not args.val_images:
         return dataset
@@ -423,19 +425,19 @@ def draw_shapes(n, seed, size=32):
                 "heart": lambda angle: 0.55 - 0.45 * angle.sin(), "triangle": polygon(3), "square": polygon(4),
                 "propeller": flower(2), "clover": flower(3), "flower": flower(5), "cross": star(4), "star": star(6)}
     targets = torch.randperm(n, generator=rng) % len(outlines)
-    radius, turn = uniform(0.65, 0.85, 1, 1), uniform(-0.3, 0.3, 1, 1)
+    radius, turn = uniform(0.65, 0.85, 1, 1), uniform(-0.4, 0.4, 1, 1)
     axis = torch.linspace(-1, 1, size)
-    x, y = axis - uniform(-0.1, 0.1, 1, 1), axis[:, None] - uniform(-0.1, 0.1, 1, 1)
+    x, y = axis - uniform(-0.15, 0.15, 1, 1), axis[:, None] - uniform(-0.15, 0.15, 1, 1)
     angle, outline = torch.atan2(y, x) + turn, torch.empty(n, size, size)
     for target, r in enumerate(outlines.values()):
         outline[targets == target] = r(angle[targets == target])
     coverage = torch.sigmoid(size * (radius * outline - torch.hypot(x, y)))[:, None]  # an edge about a pixel wide
 
-    background = uniform(0, 0.55, 3, 1, 1)
-    colour = background + uniform(0.25, 0.45, 3, 1, 1)
+    background = uniform(0, 0.6, 3, 1, 1)
+    colour = background + uniform(0.2, 0.4, 3, 1, 1)
     slope = uniform(-0.1, 0.1, 2, 1, 1)
     images = background + (slope[:, :1] * axis + slope[:, 1:] * axis[:, None])
-    images = images + coverage * (colour - images) + 0.02 * torch.randn(n, 3, size, size, generator=rng)
+    images = images + coverage * (colour - images) + 0.01 * torch.randn(n, 3, size, size, generator=rng)
     return (images.clamp(0, 1) * 255).round().to(torch.uint8), targets, list(outlines)
 
 
@@ -495,7 +497,7 @@ def build_model(name, channels, classes, activation=None, pretrained=False):
         if pretrained and classes != 1000:
             replace_head(model, classes)
     for module in list(model.modules()):
-        # No dropout and no drop-path, as in the paper: the penalty and the attack must see the function of the loss.
+        # No dropout and no drop-path, as in the paper: every pass of a step must see the same network.
         if isinstance(module, (nn.Dropout, torchvision.ops.StochasticDepth)):
             module.p = 0.0
         for child_name, child in module.named_children():
@@ -508,7 +510,7 @@ def replace_head(model, classes):
     """A fresh last layer, for other classes."""
     name, head = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
     if isinstance(head, nn.Linear):
-        fresh = nn.Linear(head.in_features, classes)
+        fresh = nn.Linear(head.in_features, classes, bias=head.bias is not None)
     else:
         fresh = nn.Conv2d(head.in_channels, classes, head.kernel_size)
     model.set_submodule(name, fresh)
@@ -543,7 +545,7 @@ def check_epoch(epoch):
                           "them all")
 
 
-# Where a run is made; nothing of what it learns.
+# Flags that say where a run is made, not what it learns.
 PLACE = {"output_dir", "resume", "data_dir", "workers"}
 
 
@@ -570,7 +572,7 @@ def load_checkpoint(path, device="cpu"):
 def read_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # never unpickles code
-        checkpoint["config"]["classes"], checkpoint["model"], checkpoint["epoch"]
+        checkpoint["config"]["classes"], checkpoint["model"], checkpoint["epoch"]  # LookupError in another file
     except FileNotFoundError:
         raise Mistake(f"no checkpoint at {path}") from None
     except (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError,
@@ -623,7 +625,7 @@ def in_range(kind, low, high=math.inf):
 
 
 def make_parser():
-    count, natural, weight, unit = in_range(int, 1), in_range(int, 0), in_range(float, 0), in_range(float, 0, 1)
+    count, whole, weight, unit = in_range(int, 1), in_range(int, 0), in_range(float, 0), in_range(float, 0, 1)
     models = set(torchvision.models.list_models(module=torchvision.models))
     models -= {"googlenet", "inception_v3"}  # they return auxiliary logits beside the logits
     parser = Parser(description="Train an image classifier by natural, GradNorm or PGD adversarial training.",
@@ -640,7 +642,7 @@ def make_parser():
                         help="gradnorm: 0 is the exact penalty, by double backprop; above 0 it is a finite difference "
                              "with this step in pixels, such as ε/2")
     method.add_argument("--gradnorm-every", default=1, type=count, metavar="K",
-                        help="gradnorm: penalty in every K-th step alone, with K times the weight")
+                        help="gradnorm: penalty only in every K-th step, with K times the weight")
     method.add_argument("--steps", default=3, type=count, metavar="N", help="adversarial: steps of PGD")
     method.add_argument("--step-size", type=unit, help="adversarial: in pixels; by default 2ε/N, and 1.25ε for N = 1")
 
@@ -648,7 +650,7 @@ def make_parser():
     data.add_argument("--dataset", default="shapes", choices=["shapes", "fashion-mnist", "cifar10", "imagefolder"],
                       help="shapes is drawn by train.py, the next two are downloaded")
     data.add_argument("--data-dir", help="where the data are, or go; for imagefolder it holds train/ and val/")
-    data.add_argument("--val-images", default=0, type=natural,
+    data.add_argument("--val-images", default=0, type=whole,
                       help="evaluate on so many held-out training images, to choose settings; 0: on the test part")
     data.add_argument("--image-size", default=224, type=count, help="imagefolder: side in pixels")
     data.add_argument("--augment", default="none", choices=["none", "basic", "strong"],
@@ -656,7 +658,7 @@ def make_parser():
                            "erasing, mixup, cutmix and label smoothing")
     data.add_argument("--model", default="convnet", choices=["convnet", *sorted(models)], metavar="NAME",
                       help="convnet, or any classification model of torchvision, such as resnet50, swin_b or vit_b_16")
-    data.add_argument("--activation", choices=list(ACTIVATIONS), help="replaces every ReLU, GELU and SiLU of the model")
+    data.add_argument("--activation", choices=list(ACTIVATIONS), help="replaces every ReLU, GELU and SiLU module")
     start = data.add_mutually_exclusive_group()
     start.add_argument("--init", metavar="CHECKPOINT",
                        help="start from the weights of another run, of its model and activation; BatchNorm keeps its "
@@ -681,10 +683,10 @@ def make_parser():
                      help="go on from the checkpoint in --output-dir with its settings; start if there is none")
     run.add_argument("--amp", default="off", choices=["off", "bf16", "fp16"], help="mixed precision in training")
     run.add_argument("--compile", action="store_true", help="torch.compile the objective; takes minutes to start")
-    run.add_argument("--workers", default=min(8, os.cpu_count()), type=natural,
+    run.add_argument("--workers", default=min(8, os.cpu_count()), type=whole,
                      help="imagefolder: loading processes per training process")
-    run.add_argument("--eval-images", default=1000, type=count, help="held-out images to evaluate on after each epoch")
-    run.add_argument("--seed", default=0, type=natural, help="of the weights, the order of images and all noise")
+    run.add_argument("--eval-images", default=500, type=count, help="held-out images to evaluate on after each epoch")
+    run.add_argument("--seed", default=0, type=whole, help="of the weights, the order of images and all noise")
     return parser
 
 
@@ -699,14 +701,21 @@ def parse_args():
         checkpoint = read_checkpoint(path)
         config = checkpoint["config"]
         parent, world_size = config["parent"], config["world_size"]
-        saved = {name: config[name] for name in vars(args).keys() - {"init", "resume", "output_dir"}}
-        args = parse_again(parser, saved, path)
+        names = vars(args).keys() - {"resume", "output_dir"}
+        args = parse_again(parser, {name: config[name] for name in names & config.keys()}, path)
+        if args.init and not parent:
+            raise Mistake(f"{path} did not start from --init {args.init}: choose another --output-dir")
         if world_size != WORLD_SIZE:
             raise Mistake(f"{path} was trained by {world_size} processes: resume it with as many, not {WORLD_SIZE}")
     elif args.init:
         config = read_checkpoint(args.init)["config"]
         parent = setting(config)
         args = parse_again(parser, {"model": config["model"], "activation": config["activation"]}, args.init)
+        if args.val_images and args.dataset == config["dataset"] and args.val_images != config["val_images"]:
+            raise Mistake(f"--val-images {args.val_images}: {args.init}, trained with {config['val_images']}, has seen "
+                          "these images")
+    if args.eval_images < WORLD_SIZE:
+        raise Mistake(f"--eval-images {args.eval_images}: {WORLD_SIZE} processes need an image each")
     if args.pretrained and args.model == "convnet":
         raise Mistake("--pretrained: convnet has no ImageNet weights; choose another --model")
     args.parent = parent
@@ -717,7 +726,7 @@ def parse_args():
 
 
 def parse_again(parser, saved, path):
-    """The command line with a checkpoint's settings as its defaults. What is given nevertheless must be the same."""
+    """The command line with a checkpoint's settings as its defaults. Flags that are given must agree with them."""
     parser.set_defaults(**saved)
     args = parser.parse_args()
     for name, value in saved.items():
@@ -737,11 +746,11 @@ def rank_zero_first():
 
 
 def start_process(timeout=None):
-    """This process's device: a GPU of its own, or the CPU where there is none. Joins the processes that torchrun has
+    """This process's device: a GPU of its own, or the CPU on a machine without. Joins the processes that torchrun has
     started, which wait for each other up to `timeout`, a timedelta."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        if LOCAL_RANK >= torch.cuda.device_count():
+        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
             raise Mistake(f"this machine has {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
         device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
