@@ -641,6 +641,14 @@ def test_training_attack_takes_its_step_size(monkeypatch, flags, size):
     torch.testing.assert_close(loss, F.cross_entropy(model(x), y), check_dtype=False)
 
 
+def test_each_epoch_draws_its_own_noise(folder, tmp_path, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(train, "gradnorm_loss", lambda *args, **weights: (
+        seeds.append(torch.initial_seed()), gradnorm_loss(*args, **weights))[1])
+    run(*flags_for(folder, tmp_path), "--batch-size", "48")
+    assert len(set(seeds)) == len(seeds) == 2
+
+
 def test_two_processes_train_as_one(folder, tmp_path):
     common = ["--optimizer", "sgd", "--lr", "0.1"]
     run(*flags_for(folder, tmp_path / "one"), *common)

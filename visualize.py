@@ -33,7 +33,7 @@ NAMES = {"natural": "natural", "gradnorm": "GradNorm", "adversarial": "adversari
 # data are not there, and says how to get them.
 
 
-def gradients(runs, count=6):
+def gradients(runs, count=4):
     """Rows: held-out images of different classes that all models classify rightly. Columns: the image, and ∇x L of each
     model with its L1 norm."""
     models, x, labels, names = models_and_images(runs, count)

@@ -4,7 +4,7 @@
 #
 #     bash results/study.sh twenty_epochs activation
 #
-# The parts: twenty_epochs, ten_epochs, pictures (of the two before), activation, optimiser, weight, h_and_k,
+# The parts: shapes, twenty_epochs, ten_epochs, pictures (of the two before), activation, optimiser, weight, h_and_k,
 # learning_rates, step_sizes, lengths. All of them together take about half a day on one processor core.
 #
 # --amp bf16 is for processors with matrix units for bf16, and for GPUs; leave it out on others.
@@ -15,6 +15,20 @@ set -euo pipefail
 # makes the C library keep the memory that is freed, which would otherwise be cleared anew in every step.
 export OMP_NUM_THREADS=1
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
+
+
+# The pictures gradients.png, attack.png and epochs.png, in ten minutes.
+
+shapes() {
+    local method
+    for method in natural gradnorm adversarial; do
+        python train.py --method $method --output-dir runs/shapes/$method --resume
+    done
+    python evaluate.py runs/shapes/{natural,gradnorm,adversarial}/checkpoint.pt
+    python visualize.py gradients runs/shapes/{natural,gradnorm,adversarial} --output results/gradients.png
+    python visualize.py epochs runs/shapes/{natural,gradnorm,adversarial} --output results/epochs.png
+    python visualize.py attack runs/shapes/{natural,gradnorm} --output results/attack.png
+}
 
 
 # The tables "Twenty epochs" and "Ten epochs": three seeds of each method, attacked on the test images.
@@ -47,10 +61,10 @@ ten_epochs() {
 
 pictures() {
     local picture
-    for picture in gradients epochs accuracy sweep; do
+    for picture in accuracy sweep; do
         python visualize.py $picture runs/fashion/{natural,gradnorm,adversarial}-0 --output results/$picture.png
     done
-    python visualize.py cost runs/fashion{,-10}/{gradnorm,adversarial}-? --output results/cost.png
+    python visualize.py cost runs/fashion{,-10}/{gradnorm,adversarial}-0 --output results/cost.png
 }
 
 
