@@ -149,9 +149,9 @@ def train(args, checkpoint, device):
             # DDP averages a nan into every rank's gradients: all ranks stop here together. In fp16 some overflow is
             # normal: GradScaler skips the step and halves its scale. Below a scale of 1 it is no accident.
             if not norm.isfinite() and not (scaler.is_enabled() and scaler.get_scale() >= 1):
-                raise Mistake(f"not finite in epoch {epoch + 1}, step {step + 1}: loss {loss.item()}, norm of its "
-                              f"gradient {norm.item()}; lower --lr or --lambda-gn. The last good checkpoint stays in "
-                              f"{output_dir}")
+                raise Mistake(f"not finite in epoch {epoch + 1}, step {step + 1} of {total_steps}: loss {loss.item()}, "
+                              f"norm of its gradient {norm.item()}; lower --lr or --lambda-gn. The last checkpoint "
+                              f"stays in {output_dir}")
         seconds = time.perf_counter() - start
 
         loss, = mean_over_ranks(torch.stack(losses).nanmean()[None])
@@ -685,7 +685,7 @@ def make_parser():
     run.add_argument("--compile", action="store_true", help="torch.compile the objective; takes minutes to start")
     run.add_argument("--workers", default=min(8, os.cpu_count()), type=whole,
                      help="imagefolder: loading processes per training process")
-    run.add_argument("--eval-images", default=500, type=count, help="held-out images to evaluate on after each epoch")
+    run.add_argument("--eval-images", default=250, type=count, help="held-out images to evaluate on after each epoch")
     run.add_argument("--seed", default=0, type=whole, help="of the weights, the order of images and all noise")
     return parser
 

@@ -70,7 +70,7 @@ def main():
     steps, memory, seconds = {}, {}, {name: [] for name in METHODS}
     for name, (flags, _) in METHODS.items():
         steps[name] = make_step(model, optimizer, argparse.Namespace(**vars(args) | flags), x, y)
-        for k in range(4):  # compilation, and the allocator's growth
+        for k in range(2):  # compilation, and the allocator's growth
             steps[name](k)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
