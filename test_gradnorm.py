@@ -788,10 +788,9 @@ def test_batchnorm_is_frozen_in_a_run_that_starts_from_another(folder, tmp_path)
     assert natural["1.bn1.num_batches_tracked"] == 12 and not torch.equal(natural["1.fc.bias"], robust["1.fc.bias"])
 
 
-@pytest.mark.parametrize("flags", [["--method", "natural"], ["--method", "gradnorm"], ["--method", "adversarial"],
-                                   ["--h", "4/255"]])
-@pytest.mark.parametrize("amp", ["fp16", "bf16"])
-def test_each_method_trains_in_mixed_precision(folder, tmp_path, flags, amp):
+@pytest.mark.parametrize("amp, flags", [("fp16", []), ("fp16", ["--h", "4/255"]), ("fp16", ["--method", "adversarial"]),
+                                        ("bf16", [])])
+def test_each_method_trains_in_mixed_precision(folder, tmp_path, amp, flags):
     run(*flags_for(folder, tmp_path), *flags, "--amp", amp, "--epochs", "8", "--lr", "0.01")
     first, *_, last = metrics(tmp_path)
     assert last["loss"] < 0.7 * first["loss"] and last["clean_accuracy"] > 90
@@ -834,17 +833,6 @@ def test_a_step_of_the_benchmark_is_one_of_the_loop(folder, tmp_path, name):
     torch.empty((), dtype=torch.int64).random_()  # which the loader draws
     step(0)
     torch.testing.assert_close(model.state_dict(), saved(tmp_path), rtol=1e-4, atol=1e-6)
-
-
-def test_benchmark_prints_the_cost_model_beside_the_time(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["benchmark", "--image-size", "16", "--batch-size", "4", "--rounds", "3"])
-    benchmark.main()
-    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    predicted = {row[0]: float(row[-1]) for row in rows[2:]}
-    assert predicted == pytest.approx({"natural": 3 / 9, "GradNorm, double backprop": 6 / 9,
-                                       "GradNorm, finite difference": 6 / 9,
-                                       "GradNorm, finite difference, every 2nd step": 4.5 / 9, "PGD-1": 5 / 9,
-                                       "PGD-3": 1}, abs=0.006)
 
 
 def test_learning_rate_rises_and_falls():
@@ -1798,14 +1786,15 @@ def test_the_readmes_python_runs(gallery, short_square, tmp_path, monkeypatch):
     (tmp_path / "runs").symlink_to(gallery)
     monkeypatch.chdir(tmp_path)
     model, _ = train.load_checkpoint("runs/natural/checkpoint.pt")
-    names = {"F": F, "torch": torch, "model": model, "eps": 4 / 255, "x": torch.rand(3, 3, 16, 16), "y": torch.arange(3)}
-    expected = gradnorm_loss(model, names["x"], names["y"])
+    x, y = torch.rand(3, 3, 16, 16), torch.arange(3)
+    names = {"F": F, "torch": torch, "model": model, "eps": 4 / 255, "x": x, "y": y}
+    expected = gradnorm_loss(model, x, y)
     first, *others = re.findall("```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     exec(first, names)
     torch.testing.assert_close(names["loss"], expected)
     assert len(others) == 3
-    names["x"] = names["x"].detach()
+    names["x"] = x = x.detach()
     for block in others:
         exec(block, names)
-        assert (names["adversarial"] - names["x"]).abs().max() <= 8.001 / 255
+        assert (names["adversarial"] - x).abs().max() <= 8.001 / 255
     assert 0 <= names["accuracy"] <= 100
