@@ -2,8 +2,8 @@
 adversarial training, peak memory (CUDA), and the cost model's prediction.
 
     python -m results.benchmark                                                 # train.py's ConvNet, 32 x 32 pixels
-    python -m results.benchmark --model resnet50 --image-size 224 --batch-size 8 --activation gelu
-    python -m results.benchmark --model swin_t --image-size 224 --batch-size 8 --compile
+    python -m results.benchmark --model resnet50 --image-size 224 --batch-size 4 --activation gelu --rounds 5
+    python -m results.benchmark --model swin_t --image-size 224 --amp bf16 --compile
 
 Random images, and the flags of train.py. The methods' steps alternate, so that a slow moment of the machine meets them
 all, and ratios are taken within a round. BatchNorm is frozen, as in the paper.
