@@ -40,6 +40,7 @@ from gradnorm import gradnorm_loss, gradnorm_loss_finite_difference, input_gradi
 
 RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, default))  # set by torchrun
                                 for name, default in [("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)])
+AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Mistake(ValueError):
@@ -91,7 +92,6 @@ def train(args, checkpoint, device):
     if WORLD_SIZE > 1:
         objective = DistributedDataParallel(objective, device_ids=[LOCAL_RANK] if device.type == "cuda" else None)
     optimizer = build_optimizer(model, args)
-    amp_dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     ema = None
     if args.ema_decay:
@@ -134,7 +134,7 @@ def train(args, checkpoint, device):
             # A tensor, since torch.compile would compile anew for each number.
             ramp = torch.full((), step / warmup_steps if step < warmup_steps else 1.0, device=device)
 
-            with torch.autocast(device.type, amp_dtype, enabled=args.amp != "off"):
+            with torch.autocast(device.type, AMP_DTYPES[args.amp], enabled=args.amp != "off"):
                 loss = objective(x, y, ramp, penalise=step % args.gradnorm_every == 0)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
@@ -193,11 +193,14 @@ def build_optimizer(model, args):
     return torch.optim.SGD(groups, lr=args.lr, momentum=0.9)
 
 
+def batchnorms(model):
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
 def freeze_batchnorm(model):
     """BatchNorm into eval mode, so that its statistics stay as they are."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
+    for module in batchnorms(model):
+        module.eval()
 
 
 # Evaluation
@@ -520,8 +523,7 @@ def check_model(model, args, image):
     """Stop here, not in the middle of the first step, if the model does not fit the settings or such an image."""
     if args.activation and not any(isinstance(module, ACTIVATIONS[args.activation]) for module in model.modules()):
         raise Mistake(f"--activation {args.activation}: {args.model} has no ReLU, GELU or SiLU module to replace")
-    batchnorm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    if args.compile and args.method != "natural" and batchnorm and not args.parent:
+    if args.compile and args.method != "natural" and batchnorms(model) and not args.parent:
         raise Mistake(f"--compile cannot trace the inner gradient of {args.model} while BatchNorm updates its "
                       "statistics: start from a trained network with --init, which keeps them")
     try:

@@ -10,17 +10,14 @@ all, and ratios are taken within a round. BatchNorm is frozen, as in the paper.
 """
 
 import argparse
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import train  # noqa: E402
+import train
 
 METHODS = {  # name: (flags of train.py, cost in forward passes)
     "natural": ({"method": "natural"}, 3),
@@ -37,12 +34,11 @@ def make_step(model, optimizer, args, x, y):
     objective = train.Objective(model, args)
     if args.compile:
         objective.compile()
-    amp_dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
     scaler = torch.amp.GradScaler(x.device.type, enabled=args.amp == "fp16")
     ramp = torch.ones((), device=x.device)
 
     def step(k):
-        with torch.autocast(x.device.type, amp_dtype, enabled=args.amp != "off"):
+        with torch.autocast(x.device.type, train.AMP_DTYPES[args.amp], enabled=args.amp != "off"):
             loss = objective(x, y, ramp, penalise=k % args.gradnorm_every == 0)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
