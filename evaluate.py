@@ -25,7 +25,6 @@ import statistics
 import time
 import warnings
 from bisect import bisect_left
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,7 +34,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import train
-from gradnorm import input_gradient, pgd_attack
+from gradnorm import at_least_float32, check_images, check_targets, differentiate, input_gradient, pgd_attack
 from train import RANK, WORLD_SIZE, Mistake
 
 
@@ -80,7 +79,7 @@ def apgd(model, x, y, *, eps, seeds, target=None, steps=100, rho=0.75, batch_siz
         s.best_loss = torch.where(better, loss, s.best_loss)
         s.gradient, s.grown, s.loss = gradient, s.grown + (loss > s.loss), loss
 
-        wrong = logits.argmax(1) != s.y
+        wrong = misclassified(logits, s.y)
         if wrong.any():
             found[s.row[wrong]] = s.x[wrong]
             keep(s, ~wrong)
@@ -137,7 +136,7 @@ def fab(model, x, y, *, eps, target, steps=100, alpha_max=0.1, eta=1.05, beta=0.
         alpha = (size / (size + size_original)).clamp(max=alpha_max)
         s.x = ((1 - alpha) * (s.x + eta * d) + alpha * (s.original + eta * d_original)).clamp(0, 1)
 
-        wrong = predict(model, s.x, batch_size).argmax(1) != s.y
+        wrong = misclassified(predict(model, s.x, batch_size), s.y)
         far = linf(s.x, s.original)
         closer = wrong & (far < distance[s.row])
         found[s.row[closer]], distance[s.row[closer]] = s.x[closer], far[closer]
@@ -186,7 +185,7 @@ def square(model, x, y, *, eps, seeds, queries=5000, p=0.8, batch_size=256):
     s.margin = margin(predict(model, s.x, batch_size), y)
     channel = torch.arange(channels, device=x.device)[:, None, None]
     for query in range(queries + 1):
-        wrong = s.margin < 0
+        wrong = s.margin == -math.inf
         if wrong.any():
             found[s.row[wrong]] = s.x[wrong]
             keep(s, ~wrong)
@@ -213,8 +212,14 @@ def square(model, x, y, *, eps, seeds, queries=5000, p=0.8, batch_size=256):
 
 
 def margin(logits, y):
-    """True class's logit minus the highest other, (N,): negative where misclassified."""
-    return at(logits, y) - logits.scatter(1, y[:, None], -math.inf).amax(1)
+    """True class's logit minus the highest other, (N,); -inf where misclassified, which a tie can be."""
+    difference = at(logits, y) - logits.scatter(1, y[:, None], -math.inf).amax(1)
+    return torch.where(misclassified(logits, y), -math.inf, difference)
+
+
+def misclassified(logits, y):
+    """The verdict, (N,), in one way everywhere: by argmax, which gives a tie to the lowest class; nan is wrong."""
+    return (logits.argmax(1) != y) | logits.isnan().any(1)
 
 
 def ascent(model, objective, batch_size, x, y, target):
@@ -223,9 +228,9 @@ def ascent(model, objective, batch_size, x, y, target):
     for x, y, target in zip(*(t.split(batch_size) for t in (x, y, target))):
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            logits = in_float32(model(x))
+            logits = at_least_float32(model(x))
             value = objective(logits, y, target)
-            gradient, = torch.autograd.grad(value.sum(), x)
+            gradient, = differentiate(value.sum(), x)
         parts.append((logits.detach(), value.detach(), gradient))
     return (torch.cat(part) for part in zip(*parts))
 
@@ -233,11 +238,7 @@ def ascent(model, objective, batch_size, x, y, target):
 @torch.no_grad()
 def predict(model, x, batch_size):
     """Logits (N, classes)."""
-    return torch.cat([in_float32(model(part)) for part in x.split(batch_size)])
-
-
-def in_float32(logits):
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.cat([at_least_float32(model(part)) for part in x.split(batch_size)])
 
 
 def ball(x, eps):
@@ -280,16 +281,23 @@ ATTACKS = {"PGD": pgd, "APGD-CE": apgd, "APGD-T": apgd, "FAB-T": fab, "Square": 
 
 
 def autoattack(model, x, y, *, eps, batch_size=256):
-    """Standard AutoAttack. Returns images (N, C, H, W): misclassified ones within ε of `x`; `x` where it found none."""
-    state = initial_state(model, x, y, batch_size)
+    """Standard AutoAttack. Returns images (N, C, H, W), in at least float32: misclassified ones within ε of `x`; `x`
+    where it found none. Warns of signs that they are not to be trusted; raises ValueError where the input is wrong."""
+    model, x, y, state = initial_state(model, x, y, [eps], batch_size)
+    warn(doubts(model, x, y, state, "autoattack", batch_size))
+    broken = 0.0
     for turn in standard_turns([eps], state):
+        before = accuracy(state, eps)
         run_attack(turn, model, x, y, state, batch_size=batch_size)
+        broken = before - accuracy(state, eps)
+    warn(doubt_of_square(broken))  # whose turn is the last
     return pick(state["radius"] <= eps, state["images"], x)
 
 
 def pgd_accuracy(model, x, y, *, eps, steps=10, restarts=1, batch_size=256):
-    """Accuracy (%) under PGD with that many random starts."""
-    state = initial_state(model, x, y, batch_size)
+    """Accuracy (%) under PGD with that many random starts. Warns and raises as `autoattack` does."""
+    model, x, y, state = initial_state(model, x, y, [eps], batch_size)
+    warn(doubts(model, x, y, state, "pgd", batch_size))
     for turn in pgd_turns([eps], restarts):
         run_attack(turn, model, x, y, state, steps=steps, batch_size=batch_size)
     return accuracy(state, eps)
@@ -312,17 +320,32 @@ def pgd_turns(radii, restarts):
     return [("PGD", eps, i) for eps in sorted({eps for eps in radii if eps > 0}) for i in range(restarts)]
 
 
-def initial_state(model, x, y, batch_size=256):
-    """The state of an evaluation before its first attack:
+def initial_state(model, x, y, radii, batch_size=256):
+    """Checks the input. Returns the model, as a function of images in at least float32; these images; their classes;
+    and the state before the first attack:
 
         radius   (N,) float64: ‖adversarial - x‖∞ of the closest proved adversarial image; 0 where `x` itself is
                  misclassified, inf where none is known
         images   (N, C, H, W): those images that this process found, and `x` elsewhere
+        logits   (N, classes) of `x`
         targets  (N, up to 9): the likeliest classes but the first
     """
-    order = predict(model, x, batch_size).argsort(dim=1, descending=True)
-    return {"radius": torch.where(order[:, 0] == y, math.inf, 0.0).double(), "images": x.clone(),
-            "targets": order[:, 1:10]}
+    check_images(x, min(radii, default=0), pixels=True)
+    network, dtype = model, x.dtype
+
+    def model(images):
+        return network(images.to(dtype))
+
+    x = at_least_float32(x)  # the walls of the ball would be rounded in bfloat16
+    logits = predict(model, x, batch_size)
+    if y.is_floating_point():
+        raise ValueError("y must hold class indices, not probabilities")
+    check_targets(logits, y)
+    y = y.long()
+    others = logits.scatter(1, logits.argmax(1, keepdim=True), -math.inf).argsort(dim=1, descending=True)
+    radius = torch.where(misclassified(logits, y), 0.0, math.inf).double()
+    return model, x, y, {"radius": radius, "images": x.clone(), "logits": logits,
+                         "targets": others[:, :min(9, logits.shape[1] - 1)]}
 
 
 def run_attack(turn, model, x, y, state, *, steps=10, batch_size=256, rank=0, world_size=1):
@@ -348,31 +371,43 @@ def run_attack(turn, model, x, y, state, *, steps=10, batch_size=256, rank=0, wo
 
 def proved_radius(model, x, y, images, batch_size=256):
     """‖images - x‖∞ where the images are misclassified and within [0, 1], inf elsewhere: (N,) float64."""
-    wrong = predict(model, images, batch_size).argmax(1) != y
+    wrong = misclassified(predict(model, images, batch_size), y)
     inside = ((images >= 0) & (images <= 1)).flatten(1).all(1)
     return torch.where(wrong & inside, linf(images, x), math.inf)
 
 
-def doubts(model, x, y, attack, batch_size=256):
+def doubts(model, x, y, state, attack, batch_size=256):
     """A line for each sign that robust accuracy cannot be trusted (Athalye et al., "Obfuscated gradients give a false
     sense of security", ICML 2018), or that an attack is less than the published one."""
-    lines = []
-    first, second = predict(model, x[:batch_size], batch_size), predict(model, x[:batch_size], batch_size)
-    if ((first - second).abs().amax(1) > 1e-4 * first.abs().amax(1)).any():
+    lines, logits = [], state["logits"]
+    again = predict(model, x[:batch_size], batch_size)
+    if ((logits[:batch_size] - again).abs().amax(1) > 1e-4 * again.abs().amax(1)).any():
         lines.append("the model answers differently when asked twice: the attacks do not average over its randomness")
-    if first.min() >= 0 and ((first.sum(1) - 1).abs() < 1e-4).all():
+    if logits.min() >= 0 and ((logits.sum(1) - 1).abs() < 1e-4).all():
         lines.append("the model's outputs look like probabilities: give the logits, before the softmax")
+    if nan := logits.isnan().any(1).sum().item():
+        lines.append(f"the model's logits are nan on {nan} of {len(x)} images, which count as misclassified")
     if attack != "clean":
         gradients = (input_gradient(model, *batch) for batch in zip(x.split(batch_size), y.split(batch_size)))
-        zero = sum((gradient == 0).flatten(1).all(1).sum().item() for gradient in gradients)
-        if zero:
-            lines.append(f"the input gradient of {zero} of {len(x)} images is zero: what follows the gradient of "
-                         "cross-entropy, as PGD and APGD-CE do, is blind there")
-    classes = first.shape[1]
+        blind = sum(((g == 0) | g.isnan()).flatten(1).all(1).sum().item() for g in gradients)
+        if blind:
+            lines.append(f"the input gradient of {blind} of {len(x)} images is zero or nan: what follows the gradient "
+                         "of cross-entropy, as PGD and APGD-CE do, is blind there")
+    classes = logits.shape[1]
     if attack == "autoattack" and classes < 10:
         lines.append(f"of {classes} classes, APGD-T and FAB-T have {classes - 1} targets, not 9"
                      + ", and targeted DLR has a scale of fewer logits" * (classes < 4))
     return lines
+
+
+def doubt_of_square(broken):
+    return [f"Square, which follows no gradient, broke {broken:.2f} % of the images after the attacks that do had "
+            "given up: the gradient may mislead them"] if broken else []
+
+
+def warn(lines, prefix=""):
+    for line in lines if RANK == 0 else []:
+        warnings.warn(prefix + line)
 
 
 # Command line
@@ -398,7 +433,7 @@ def evaluate_checkpoint(path, model, config, x, y, args):
     # What an interrupted evaluation must have in common with this one to be gone on with.
     settings = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()} | {
         name: getattr(args, name) for name in ("attack", "eps", "steps", "restarts", "num_images")}
-    state = initial_state(model, x, y, args.batch_size)
+    model, x, y, state = initial_state(model, x, y, args.radii, args.batch_size)
     progress = {"settings": settings, "radius": state["radius"].tolist(), "done": 0, "after": {}, "seconds": 0.0}
     if RANK == 0 and path_of_progress.exists():
         saved = json.loads(path_of_progress.read_bytes())
@@ -408,7 +443,7 @@ def evaluate_checkpoint(path, model, config, x, y, args):
 
     turns = {"clean": [], "pgd": pgd_turns(args.radii, args.restarts),
              "autoattack": standard_turns(args.radii, state)}[args.attack]
-    lines = doubts(model, x, y, args.attack, args.batch_size)
+    lines = doubts(model, x, y, state, args.attack, args.batch_size)
     start = time.perf_counter() - progress["seconds"]
     bar = tqdm(turns[progress["done"]:], desc=str(path), initial=progress["done"], total=len(turns), leave=False,
                unit=" attacks", disable=True if RANK else None)
@@ -423,16 +458,13 @@ def evaluate_checkpoint(path, model, config, x, y, args):
                      "seconds": time.perf_counter() - start}
         write_json(path_of_progress, progress)
     lost = [before - after for before, after in zip(*(progress["after"].get(name, []) for name in ("FAB-T", "Square")))]
-    if any(lost):
-        lines.append(f"Square, which follows no gradient, broke {max(lost):.2f} % of the images after the attacks that "
-                     "do had given up: the gradient may mislead them")
+    lines += doubt_of_square(max(lost, default=0))
     result = settings | {
         "checkpoint": str(path), "radii": args.radii, "clean_accuracy": accuracy(state, 0),
         "robust_accuracy": [accuracy(state, eps) for eps in args.radii], "after": progress["after"], "warnings": lines,
         "seconds": time.perf_counter() - start, "config": config}
     write_json(path_of_result, result)
-    for line in lines if RANK == 0 else []:
-        warnings.warn(f"{path}: {line}")
+    warn(lines, f"{path}: ")
     return result
 
 
@@ -483,16 +515,18 @@ def write_json(path, value):
 
 
 def print_table(results, args):
-    """One row per checkpoint, and mean ± standard deviation of those that differ in their seed alone."""
+    """One row per checkpoint, and mean ± standard deviation of those that differ in their seed, and in it alone."""
     rows, repeats = [[f"{args.name}, {args.num_images} images", "clean", *(f"ε={label}" for label in args.eps)]], {}
     for path, result in results.items():
         accuracies = [result["clean_accuracy"], *result["robust_accuracy"]]
         rows.append([str(path), *(f"{value:.2f}" for value in accuracies)])
-        repeats.setdefault(json.dumps(train.setting(result["config"])), {})[str(path)] = accuracies
+        repeats.setdefault(json.dumps(train.setting(result["config"])), []).append(
+            (str(path), result["config"]["seed"], accuracies))
     for repeat in repeats.values():
-        if len(repeat) > 1:
-            rows.append([f"{os.path.commonprefix([*repeat])}*, {len(repeat)} seeds",
-                         *(f"{statistics.mean(a):.2f} ± {statistics.stdev(a):.2f}" for a in zip(*repeat.values()))])
+        paths, seeds, accuracies = zip(*repeat)
+        if len(repeat) > 1 and len({*seeds}) == len(seeds):
+            rows.append([f"{os.path.commonprefix(paths)}*, {len(seeds)} seeds",
+                         *(f"{statistics.mean(a):.2f} ± {statistics.stdev(a):.2f}" for a in zip(*accuracies))])
     if args.sweep is not None:
         rows = list(zip(*rows))  # one row per ε
     for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]:
@@ -505,7 +539,8 @@ def parse_args():
         description="Clean, PGD or AutoAttack accuracy (%) of checkpoints on held-out images, as a Markdown table; "
                     "beside each checkpoint, as JSON.",
         allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="checkpoint.pt of train.py")
+    parser.add_argument("checkpoints", nargs="+", type=train.checkpoint_path, metavar="CHECKPOINT",
+                        help="checkpoint.pt of train.py, or its folder")
     parser.add_argument("--attack", default="pgd", choices=["clean", "pgd", "autoattack"],
                         help="autoattack is its standard version, complete: APGD-CE, APGD-T, FAB-T and Square")
     parser.add_argument("--eps", nargs="+", default=["1/255", "2/255", "4/255"], metavar="E",
@@ -518,7 +553,7 @@ def parse_args():
                         help="held-out images: the same for all checkpoints, the classes in equal parts")
     parser.add_argument("--batch-size", default=256, type=count, metavar="N",
                         help="images per process and forward pass")
-    parser.add_argument("--data-dir", metavar="DIR",
+    parser.add_argument("--data-dir", metavar="DIR", type=os.path.expanduser,
                         help="where the data are; the place they were trained from if not given")
     args = parser.parse_args()
     args.name = {"clean": "clean", "pgd": f"PGD-{args.steps}" + f"x{args.restarts}" * (args.restarts > 1),

@@ -36,7 +36,7 @@ def gradnorm_loss(model, x, y, *, lambda_ce=0.8, lambda_gn=1.2, eps=4 / 255, sig
 
     Returns a scalar to call `.backward()` on.
     """
-    _check(x, eps)
+    check_images(x, eps)
     with sdpa_kernel(SDPBackend.MATH):  # flash attention has no double backward; the plain formula has
         losses, gradient = _losses_and_gradients(model, x, y, create_graph=True)
     # ‖·‖₁ is taken per example, over (C, H, W) of the gradient of that example's own loss; then the batch's mean.
@@ -61,7 +61,7 @@ def gradnorm_loss_finite_difference(model, x, y, *, lambda_ce=0.8, lambda_gn=1.2
     rounding, one near ε does not. It works where no double backward exists, in the memory of natural training, for
     the time of two forward-backward passes. The other arguments and the returned value are those of `gradnorm_loss`.
     """
-    _check(x, eps)
+    check_images(x, eps)
     h = eps / 2 if h is None else h
     if h <= 0:
         raise ValueError(f"h must be positive, not {h}: pass a fraction of eps, such as h=2/255")
@@ -81,7 +81,7 @@ def gradnorm_loss_finite_difference(model, x, y, *, lambda_ce=0.8, lambda_gn=1.2
 
 def input_gradient(model, x, y):
     """∇x of each example's own loss, (N, C, H, W), detached; `model` and its parameters' `.grad` stay untouched."""
-    _check(x)
+    check_images(x)
     return _losses_and_gradients(model, x, y)[1]
 
 
@@ -94,22 +94,20 @@ def pgd_attack(model, x, y, *, eps=4 / 255, step_size=None, steps=10, random_sta
     it is `x` without `random_start`, or `start`, images (N, C, H, W). The model is attacked in the mode that it is in;
     a BatchNorm in train mode therefore updates its statistics. Parameters' `.grad` stay untouched.
 
-    Returns adversarial images (N, C, H, W) within ε of `x` and within [0, 1], detached.
+    Returns adversarial images (N, C, H, W) within ε of `x` and within [0, 1], detached, in at least float32.
     """
-    _check(x, eps)
-    if not torch.compiler.is_compiling() and not ((x >= 0) & (x <= 1)).all():
-        raise ValueError(f"x must hold pixels in [0, 1], not [{x.min():.3g}, {x.max():.3g}]: "
-                         "put the normalisation into the model")
+    check_images(x, eps, pixels=True)
     if steps < 0:
         raise ValueError(f"steps must not be negative, not {steps}")
     step_size = 2.5 * eps / max(steps, 1) if step_size is None else step_size
-    x = x.detach()
+    # The ball's walls would be rounded in bfloat16. The model gets images of the type that it was given.
+    dtype, x = x.dtype, at_least_float32(x.detach())
     lowest, highest = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
     if start is None:
         start = x + torch.empty_like(x).uniform_(-eps, eps) if random_start else x
     adversarial = start.detach().clamp(lowest, highest)
     for step in range(steps):
-        _, gradient = _losses_and_gradients(model, adversarial, y, check=step == 0)
+        _, gradient = _losses_and_gradients(model, adversarial.to(dtype), y, check=step == 0)
         adversarial = (adversarial + step_size * gradient.sign()).clamp(lowest, highest)
     return adversarial
 
@@ -131,10 +129,21 @@ def _losses_and_gradients(model, x, y, parameters=None, create_graph=False, chec
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             losses = _cross_entropies(model, x, y, check)
-            with torch.autocast(device, enabled=False):  # backward operations choose their own precision
-                gradients = torch.autograd.grad(scale * losses.sum(), [x, *parameters.values()],
-                                                create_graph=create_graph, materialize_grads=True)
+            gradients = differentiate(scale * losses.sum(), x, *parameters.values(), create_graph=create_graph)
     return losses, *(g / scale for g in gradients)
+
+
+def differentiate(total, x, *parameters, create_graph=False):
+    """The gradients of a scalar with respect to images and parameters. Raises ValueError if none reaches the images:
+    taken for zero, it would look like robustness."""
+    gradients = [None]
+    if total.requires_grad:
+        with torch.autocast(x.device.type, enabled=False):  # backward operations choose their own precision
+            gradients = torch.autograd.grad(total, [x, *parameters], create_graph=create_graph, allow_unused=True)
+    if gradients[0] is None:
+        raise ValueError("the model's logits have no gradient with respect to x: it must not detach x, run under "
+                         "no_grad, or turn x into integers")
+    return [torch.zeros_like(p) if g is None else g for p, g in zip((x, *parameters), gradients)]
 
 
 def _traceable_losses_and_gradients(model, x, y, parameters, create_graph, scale):
@@ -150,29 +159,50 @@ def _traceable_losses_and_gradients(model, x, y, parameters, create_graph, scale
 
 
 def _cross_entropies(model, x, y, check=True):
-    """Cross-entropy of each example, (N,), in at least float32. Checks the shapes, and with `check` the values of `y`,
-    for which a GPU has to be waited for."""
+    """Cross-entropy of each example, (N,), in at least float32. With `check` the values of `y` are looked at, for which
+    a GPU has to be waited for."""
     logits = model(x)
-    soft = y.is_floating_point()
-    shape, kind = (logits.shape, "probabilities") if soft else (logits.shape[:1], "indices")
-    if y.shape != shape:
-        raise ValueError(f"y must have shape {tuple(shape)} for class {kind}, not {tuple(y.shape)}")
-    if check and not torch.compiler.is_compiling():
-        wrong = (y < 0) | ((y.sum(1, keepdim=True) - 1).abs() > 1e-3 if soft else y >= logits.shape[1])
-        if wrong.any():
-            raise ValueError(f"y must hold class indices from 0 to {logits.shape[1] - 1} or class probabilities that "
-                             f"sum to 1, not {y[wrong][0].item()}")
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, y, reduction="none")
+    check_targets(logits, y, values=check and not torch.compiler.is_compiling())
+    return F.cross_entropy(at_least_float32(logits), y if y.is_floating_point() else y.long(), reduction="none")
+
+
+def at_least_float32(tensor):
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _per_channel(sigma, x):
     """`sigma`, a number or one per channel, in a shape that divides images."""
-    return torch.as_tensor(sigma, dtype=x.dtype, device=x.device).view(-1, 1, 1)
+    sigma = torch.as_tensor(sigma, dtype=x.dtype)
+    if not torch.compiler.is_compiling() and not min(sigma.view(-1).tolist()) > 0:
+        raise ValueError(f"sigma must be positive, not {sigma.tolist()}")
+    return sigma.to(x.device).view(-1, 1, 1)
 
 
-def _check(x, eps=0.0):
+def check_images(x, eps=0.0, pixels=False):
+    """Raises ValueError for what is no batch of float images, or with `pixels` none in [0, 1], or for a negative ε."""
     if not x.is_floating_point():
         raise ValueError(f"x must be a float tensor, not {x.dtype}: convert it with x.float() / 255")
     if eps < 0:
         raise ValueError(f"eps must not be negative, not {eps}")
+    if torch.compiler.is_compiling():
+        return
+    if torch.is_inference_mode_enabled() or x.is_inference():
+        raise ValueError("tensors of torch.inference_mode() have no gradients: use torch.no_grad() in its place")
+    if pixels and not ((x >= 0) & (x <= 1)).all():
+        raise ValueError(f"x must hold pixels in [0, 1], not [{x.min():.3g}, {x.max():.3g}]: "
+                         "put the normalisation into the model")
+
+
+def check_targets(logits, y, values=True):
+    """Raises ValueError where `y` does not fit the logits, with `values` also for its values."""
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(f"the model must return logits (N, classes) of two or more classes, not {tuple(logits.shape)}")
+    soft = y.is_floating_point()
+    shape, kind = (logits.shape, "probabilities") if soft else (logits.shape[:1], "indices")
+    if y.shape != shape:
+        raise ValueError(f"y must have shape {tuple(shape)} for class {kind}, not {tuple(y.shape)}")
+    if values:
+        wrong = (y < 0) | ((y.sum(1, keepdim=True) - 1).abs() > 1e-3 if soft else y >= logits.shape[1])
+        if wrong.any():
+            raise ValueError(f"y must hold class indices from 0 to {logits.shape[1] - 1} or class probabilities that "
+                             f"sum to 1, not {y[wrong][0].item()}")

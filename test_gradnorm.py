@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -333,33 +334,89 @@ def test_pgd_leaves_the_model_as_it_was():
 # Wrong input from Python
 
 
-@pytest.mark.parametrize("call", [*LOSSES, pgd_attack])
+class Layer(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+PUBLIC = [*LOSSES, pgd_attack, lambda model, x, y, eps: input_gradient(model, x, y), evaluate.autoattack,
+          evaluate.pgd_accuracy]
+
+
+@pytest.mark.parametrize("call", PUBLIC)
 @pytest.mark.parametrize("wrong, words", [
     ({"x": torch.zeros(5, 3, 8, 8, dtype=torch.uint8)}, "uint8"),
-    ({"y": torch.tensor([0, 1, 2, 3, 4])}, "not 4"),
+    ({"y": torch.tensor([0, 1, 2, 3, 4])}, "not 4"),  # one-based
     ({"y": torch.tensor([0, 1, 2, 3, -100])}, "not -100"),
     ({"y": torch.tensor([0, 1])}, r"\(5,\).*\(2,\)"),
-    ({"y": torch.zeros(5, 3, dtype=torch.float64)}, r"\(5, 4\).*\(5, 3\)"),
-    ({"y": torch.full((5, 4), 0.5, dtype=torch.float64)}, "sum"),
-    ({"eps": -0.1}, "eps.*-0.1"),
+    ({"y": torch.zeros(5, 1, dtype=torch.long)}, r"\(5,\).*\(5, 1\)"),
+    ({"y": torch.eye(4, dtype=torch.long)[[0, 1, 2, 3, 0]]}, r"indices.*\(5, 4\)"),
+    ({"model": lambda x: smooth_model()(x)[:, :1]}, r"classes.*\(5, 1\)"),
+    ({"model": lambda x: smooth_model()(x)[:, 0]}, r"classes.*\(5,\)"),
+    ({"model": lambda x: smooth_model()((255 * x).byte().double() / 255)}, "no gradient.*integers"),
+    ({"model": lambda x: smooth_model()(x.detach())}, "no gradient"),
+    ({"model": torch.no_grad()(lambda x: smooth_model()(x))}, "no gradient"),
 ])
 def test_wrong_input_raises(call, wrong, words):
     x, y = batch()
+    model = Layer(wrong["model"]) if "model" in wrong else smooth_model()
     with pytest.raises(ValueError, match=words):
-        call(smooth_model(), wrong.get("x", x), wrong.get("y", y), eps=wrong.get("eps", 0.1))
+        call(model, wrong.get("x", x), wrong.get("y", y), eps=0.1)
+
+
+@pytest.mark.parametrize("call", PUBLIC)
+def test_inference_mode_raises(call):
+    model, (x, y) = smooth_model(), batch()
+    with pytest.raises(ValueError, match="no_grad"), torch.inference_mode():
+        call(model, x, y, eps=0.1)
+    with torch.inference_mode():
+        inferred = x + 0
+    with pytest.raises(ValueError, match="no_grad"):
+        call(model, inferred, y, eps=0.1)
+
+
+@pytest.mark.parametrize("call", [pgd_attack, evaluate.autoattack, evaluate.pgd_accuracy])
+def test_images_that_are_no_pixels_and_negative_eps_raise(call):
+    model, (x, y) = smooth_model(), batch()
+    for wrong in (x - 0.5, x + 0.5, 255 * x, x * math.nan):
+        with pytest.raises(ValueError, match="pixels in"):
+            call(model, wrong, y, eps=0.1)
+    for other in (call, *LOSSES):
+        with pytest.raises(ValueError, match="eps.*-0.1"):
+            other(model, x, y, eps=-0.1)
+
+
+@pytest.mark.parametrize("call", [*LOSSES, pgd_attack])
+def test_targets_that_are_no_probabilities_raise(call):
+    for y, words in ((torch.zeros(5, 3).double(), r"\(5, 4\).*\(5, 3\)"), (torch.full((5, 4), 0.5).double(), "sum")):
+        with pytest.raises(ValueError, match=words):
+            call(smooth_model(), batch()[0], y)
+    with pytest.raises(ValueError, match="indices, not prob"):
+        evaluate.autoattack(smooth_model(), batch()[0], y, eps=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_labels_of_any_integer_type_work(dtype, short_attacks):
+    model, (x, y) = smooth_model(), batch()
+    for call in (*LOSSES, partial(pgd_attack, random_start=False), evaluate.autoattack):
+        torch.testing.assert_close(call(model, x, y.to(dtype), eps=0.1), call(model, x, y, eps=0.1), rtol=0, atol=0)
 
 
 def test_wrong_input_of_one_function_raises():
     model, (x, y) = smooth_model(), batch()
-    for wrong in (x - 0.5, x + 0.5):
-        with pytest.raises(ValueError, match="pixels in"):
-            pgd_attack(model, wrong, y)
+    for loss, sigma in itertools.product(LOSSES, (0, -0.2, [0.2, 0.0, 0.2])):
+        with pytest.raises(ValueError, match="sigma must be positive"):
+            loss(model, x, y, sigma=sigma)
     with pytest.raises(ValueError, match="steps"):
         pgd_attack(model, x, y, steps=-1)
     with pytest.raises(ValueError, match="h must be positive, not -1"):
         gradnorm_loss_finite_difference(model, x, y, h=-1)
-    with pytest.raises(ValueError, match="uint8"):
-        input_gradient(model, x.to(torch.uint8), y)
 
 
 class CountWaits(TorchDispatchMode):
@@ -533,7 +590,7 @@ def flags_for(folder, output_dir):
 
 
 def run(*flags, script=train):
-    """The main of a script in this process. A user's mistake is the exception Mistake, in one line."""
+    """The main of a script in this process. A user's mistake is a Mistake, in one line, or an OSError."""
     old, sys.argv = sys.argv, [f"{script.__name__}.py", *map(str, flags)]
     try:
         script.main()
@@ -542,7 +599,7 @@ def run(*flags, script=train):
 
 
 def mistake(*flags, script=train):
-    with pytest.raises(train.Mistake) as error:
+    with pytest.raises((train.Mistake, OSError)) as error:
         run(*flags, script=script)
     assert str(error.value) and "\n" not in str(error.value)
     return str(error.value)
@@ -645,7 +702,7 @@ def test_each_epoch_draws_its_own_noise(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "gradnorm_loss", lambda *args, **weights: (
         seeds.append(torch.initial_seed()), gradnorm_loss(*args, **weights))[1])
     run(*flags_for(folder, tmp_path), "--batch-size", "48")
-    assert len(set(seeds)) == len(seeds) == 2
+    assert len({*seeds[1:]}) == len(seeds[1:]) == 2  # before them, one step to try
 
 
 def test_two_processes_train_as_one(folder, tmp_path):
@@ -748,11 +805,11 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 
 def test_nan_stops_all_ranks_and_keeps_the_last_checkpoint(folder, tmp_path):
-    """A nan in the loss of rank 1 alone, in step 3 of 2 x 2."""
+    """A nan in the loss of rank 1 alone, in step 3 of 2 x 2, after the step that is tried."""
     script = tmp_path / "nan.py"
     script.write_text("import train\noriginal, calls = train.gradnorm_loss, []\n"
                       "def poisoned(*args, **kwargs):\n    calls.append(0)\n"
-                      "    nan = float('nan') if train.RANK == 1 and len(calls) == 3 else 1\n"
+                      "    nan = float('nan') if train.RANK == 1 and len(calls) == 4 else 1\n"
                       "    return original(*args, **kwargs) * nan\n"
                       "train.gradnorm_loss = poisoned\ntrain.run_script(train.main, '')\n")
     process = start(*flags_for(folder, tmp_path / "run"), "--batch-size", "12", launcher=TORCHRUN, script=script)
@@ -776,20 +833,19 @@ def test_interrupt_ends_in_one_line(folder, tmp_path):
 
 def test_batchnorm_is_frozen_in_a_run_that_starts_from_another(folder, tmp_path):
     def flags(name):
-        return [*flags_for(folder, tmp_path / name), "--image-size", "32", "--batch-size", "4", "--eval-images", "1",
-                "--epochs", "1"]
+        return [*flags_for(folder, tmp_path / name), "--image-size", "32", "--batch-size", "16", "--eval-images", "1",
+                "--epochs", "1", "--warmup-epochs", "0"]
 
     run(*flags("natural"), "--method", "natural", "--model", "resnet18")
     run(*flags("robust"), "--init", tmp_path / "natural/checkpoint.pt")
     natural, robust = saved(tmp_path / "natural"), saved(tmp_path / "robust")
     statistics = [name for name in natural if "running" in name or "num_batches" in name]
     assert all(torch.equal(natural[name], robust[name]) for name in statistics)
-    assert natural["1.bn1.num_batches_tracked"] == 12 and not torch.equal(natural["1.fc.bias"], robust["1.fc.bias"])
+    assert natural["1.bn1.num_batches_tracked"] == 3 and not torch.equal(natural["1.fc.bias"], robust["1.fc.bias"])
 
 
-@pytest.mark.parametrize("amp, flags", [("fp16", []), ("fp16", ["--h", "4/255"]), ("fp16", ["--method", "adversarial"]),
-                                        ("bf16", [])])
-def test_each_method_trains_in_mixed_precision(folder, tmp_path, amp, flags):
+@pytest.mark.parametrize("amp, flags", [("fp16", []), ("bf16", ["--h", "4/255"])])
+def test_training_in_mixed_precision(folder, tmp_path, amp, flags):
     run(*flags_for(folder, tmp_path), *flags, "--amp", amp, "--epochs", "8", "--lr", "0.01")
     first, *_, last = metrics(tmp_path)
     assert last["loss"] < 0.7 * first["loss"] and last["clean_accuracy"] > 90
@@ -832,13 +888,6 @@ def test_a_step_of_the_benchmark_is_one_of_the_loop(folder, tmp_path, name):
     torch.empty((), dtype=torch.int64).random_()  # which the loader draws
     step(0)
     torch.testing.assert_close(model.state_dict(), saved(tmp_path), rtol=1e-4, atol=1e-6)
-
-
-def test_learning_rate_rises_and_falls():
-    rates = [train.learning_rate(step, 10, 110, 1e-3) for step in range(111)]
-    assert rates[0] == 1e-5 and rates[10] == 1e-3 and rates[60] == pytest.approx((1e-3 + 1e-5) / 2)
-    assert rates[110] == pytest.approx(1e-5) and rates[5] == pytest.approx((1e-3 + 1e-5) / 2)
-    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
 
 
 def test_strong_augmentation_gives_class_probabilities():
@@ -898,24 +947,24 @@ def test_shapes_are_drawn_from_the_seed():
     assert (targets.bincount() == 20).all() and len(classes) == 10
 
 
-def test_fashion_mnist_comes_from_torchvision(tmp_path):
-    raw = tmp_path / "FashionMNIST/raw"
-    raw.mkdir(parents=True)
-    for part, count in (("train", 7), ("t10k", 3)):
-        header = [np.array([kind, count, *shape], ">i4").tobytes() for kind, shape in ((2051, (28, 28)), (2049, ()))]
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(header[0] + bytes(i % 251 for i in range(count * 784)))
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(header[1] + bytes(range(count)))
-    args = settings("--dataset", "fashion-mnist", "--data-dir", str(tmp_path))
-    data = train.load_dataset(args, train=True)
-    assert data.images.shape == (7, 1, 28, 28) and data.targets.tolist() == list(range(7))
-    assert data.images.flatten()[:300].tolist() == [i % 251 for i in range(300)]
-    assert len(train.load_dataset(args, train=False)) == 3
-
-    args.val_images = 2  # of the training images, none of which is in both parts
+@pytest.mark.parametrize("name, source, shape, channels", [
+    ("fashion-mnist", "FashionMNIST", (7, 28, 28), 1), ("cifar10", "CIFAR10", (7, 32, 32, 3), 3)])
+def test_data_sets_of_torchvision(tmp_path, monkeypatch, name, source, shape, channels):
+    pixels = torch.randint(256, shape, dtype=torch.uint8)
+    monkeypatch.setattr(torchvision.datasets, source, lambda root, train, download: argparse.Namespace(
+        data=pixels if channels == 1 else pixels.numpy(), targets=list(range(7)), classes=list("abcdefg")))
+    args = settings("--dataset", name, "--val-images", "2")
     seen, held_out = (train.load_dataset(args, train=part) for part in (True, False))
     assert len(held_out) == 2 and sorted([*seen.targets.tolist(), *held_out.targets.tolist()]) == list(range(7))
-    for part in (seen, held_out):
-        assert torch.equal(part.images, data.images[part.targets])
+    for image, target in [*seen, *held_out]:
+        assert torch.equal(image, pixels[target].permute(2, 0, 1) if channels == 3 else pixels[target][None])
+
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.datasets, source, offline)
+    message = mistake("--dataset", name, "--data-dir", tmp_path / "data", "--output-dir", tmp_path / "run")
+    assert str(tmp_path / "data") in message and "no network" in message and "--data-dir" in message
 
 
 def test_validation_images_are_training_files_that_training_never_sees(folder, tmp_path, capsys):
@@ -974,7 +1023,9 @@ def test_pretrained_head_is_replaced_for_other_classes_alone(monkeypatch, name):
     (["--batch-size", "49"], ["--batch-size 49", "48 training images"]),
     (["--val-images", "48"], ["--val-images 48", "48 training images"]),
     (["--data-dir", "/nonexistent/data"], ["/nonexistent/data/train", "--data-dir"]),
-    (["--model", "vit_b_16"], ["vit_b_16", "16, 16"]),
+    (["--model", "vit_b_16", "--image-size", "24"], ["vit_b_16", "24 pixels", "patch"]),
+    (["--model", "resnet18", "--image-size", "32", "--batch-size", "1"], ["resnet18", "more than 1 value"]),
+    (["--model", "mobilenet_v3_small"], ["mobilenet_v3_small", "derivative", "--h 2/255"]),
     (["--model", "mobilenet_v2", "--activation", "gelu", "--image-size", "32"], ["mobilenet_v2", "--activation"]),
     (["--model", "resnet18", "--compile"], ["--compile", "--init"]),
     (["--output-dir", "/dev/null/run"], ["/dev/null/run"]),
@@ -989,10 +1040,18 @@ def test_bad_input_is_a_mistake_in_one_line(folder, tmp_path, flags, words):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mistake_ends_in_one_line_and_status_2():
-    process = start("none.pt", script="evaluate.py")
-    output, errors = process.communicate(timeout=60)
-    assert (process.returncode, output, errors) == (2, "", "evaluate.py: error: no checkpoint at none.pt\n")
+def errors_of(*flags, capsys, script=train):
+    """What a script prints when a user's mistake stops it."""
+    with pytest.raises(SystemExit, match="2"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warnings, "formatwarning", warnings.formatwarning)  # which run_script sets
+        train.run_script(lambda: run(*flags, script=script), "")
+    output, errors = capsys.readouterr()
+    assert not output or script == train
+    return errors
+
+
+def test_a_mistake_ends_in_one_line_and_status_2(capsys):
+    assert errors_of("none.pt", capsys=capsys, script=evaluate).endswith(": error: no checkpoint at none.pt\n")
 
 
 def test_a_run_is_never_overwritten_nor_resumed_by_another(folder, tmp_path, capsys):
@@ -1043,26 +1102,64 @@ def test_a_corrupt_or_foreign_checkpoint_is_refused(folder, tmp_path, capsys, co
         train.load_checkpoint(path)
 
 
-def test_an_unreadable_image_is_named(folder, tmp_path):
+def test_images_of_more_than_8_bits_are_refused_by_name(tmp_path):
+    grey = np.linspace(0, 65535, 64).reshape(8, 8)
+    for name, pixels in ("16.png", grey.astype(np.uint16)), ("32.tif", grey.astype(np.float32)):
+        Image.fromarray(pixels).save(tmp_path / name)
+        with pytest.raises(train.BadImage, match=f"{name}.*8-bit"):
+            train.read_image(tmp_path / name)
+    Image.fromarray((grey / 257).astype(np.uint8)).save(tmp_path / "8.png")
+    assert len({*train.read_image(tmp_path / "8.png").getdata()}) == 64
+
+
+def test_whatever_pil_raises_the_image_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "large.png"
+    Image.fromarray(np.zeros((100, 100), np.uint8)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # DecompressionBombError
+    with pytest.raises(train.BadImage, match="large.png"):
+        train.read_image(path)
+    monkeypatch.setattr(Image, "open", lambda path: len(None))  # a TypeError, as of some damaged TIFFs
+    with pytest.raises(train.BadImage, match="large.png"):
+        train.read_image(path)
+
+
+def test_one_class_is_refused(folder, tmp_path):
+    (tmp_path / "data/train").mkdir(parents=True)
+    (tmp_path / "data/val").mkdir()
+    for part in ("train", "val"):
+        (tmp_path / "data" / part / "all").symlink_to(folder / part)  # a folder too high
+    assert "one class, ['all']" in mistake(*flags_for(tmp_path / "data", tmp_path / "run"))
+
+
+def test_home_is_expanded(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(folder)
+    run(*flags_for(folder, tmp_path / "run"), "--data-dir=~/data", "--output-dir=~/here", "--epochs", "1")
+    run("~/here", "--data-dir=~/data", "--num-images", "12", script=evaluate)
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "here"}
+
+
+def test_a_vision_transformer_is_built_again_for_its_image_size(folder, tmp_path, monkeypatch):
+    def small(name, **arguments):
+        return torchvision.models.VisionTransformer(patch_size=8, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=32,
+                                                    **{"image_size": 224} | arguments)
+
+    monkeypatch.setattr(torchvision.models, "get_model", small)
+    run(*flags_for(folder, tmp_path / "run"), "--model", "vit_b_16", "--epochs", "1")
+    model, config = train.load_checkpoint(tmp_path / "run")
+    assert model(torch.rand(2, 3, 16, 16)).shape == (2, 3) and config["image_size"] == 16
+
+
+def test_an_unreadable_image_is_named(folder, tmp_path, capsys):
     bad = tmp_path / "data"
     for part in ("train", "val"):
         for path in (folder / part).rglob("*.jpg"):
             (bad / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
             (bad / path.relative_to(folder)).write_bytes(path.read_bytes())
     (bad / "train/red/7.jpg").write_bytes((folder / "train/red/7.jpg").read_bytes()[:300])
-    process = start(*flags_for(bad, tmp_path / "run"), "--workers", "1")
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2 and errors.count("\n") == 1 and str(bad / "train/red/7.jpg") in errors
-
-
-@pytest.mark.parametrize("name, source", [("cifar10", "CIFAR10"), ("fashion-mnist", "FashionMNIST")])
-def test_data_that_cannot_be_had_are_explained(tmp_path, monkeypatch, name, source):
-    def offline(*args, **kwargs):
-        raise OSError("no network")
-
-    monkeypatch.setattr(torchvision.datasets, source, offline)
-    message = mistake("--dataset", name, "--data-dir", tmp_path / "data", "--output-dir", tmp_path / "run")
-    assert str(tmp_path / "data") in message and "no network" in message and "--data-dir" in message
+    errors = errors_of(*flags_for(bad, tmp_path / "run"), "--workers", "1", capsys=capsys)
+    assert errors.count("\n") == 1 and str(bad / "train/red/7.jpg") in errors
 
 
 def test_train_and_val_must_have_the_same_classes(folder, tmp_path, capsys):
@@ -1118,6 +1215,14 @@ RADII = [0.01, 0.03, 0.1, 0.3]
 def short_square(monkeypatch):
     """Square with 100 queries. It is tested by itself with all 5000."""
     monkeypatch.setitem(evaluate.ATTACKS, "Square", partial(evaluate.square, queries=100))
+
+
+@pytest.fixture
+def short_attacks(monkeypatch, short_square):
+    """For what is not about their strength."""
+    monkeypatch.setitem(evaluate.ATTACKS, "APGD-CE", partial(evaluate.apgd, steps=5))
+    monkeypatch.setitem(evaluate.ATTACKS, "APGD-T", partial(evaluate.apgd, steps=5))
+    monkeypatch.setitem(evaluate.ATTACKS, "FAB-T", partial(evaluate.fab, steps=5))
 
 
 @pytest.mark.parametrize("classes", [2, 3, 12])
@@ -1342,7 +1447,7 @@ def task():
 
 
 def evaluated(turns, model, x, y, **arguments):
-    state = evaluate.initial_state(model, x, y)
+    model, x, y, state = evaluate.initial_state(model, x, y, [])
     for turn in turns(state):
         evaluate.run_attack(turn, model, x, y, state, **arguments)
     return state
@@ -1364,7 +1469,7 @@ def test_autoattack_is_at_most_pgd_at_most_clean_and_all_fall_with_eps(short_squ
 
 def test_turns_are_those_of_standard_autoattack():
     model, x, y = linear_task(classes=12)
-    state = evaluate.initial_state(model, x, y)
+    model, x, y, state = evaluate.initial_state(model, x, y, [])
     assert torch.equal(state["targets"], model(x).sort(dim=1, descending=True).indices[:, 1:10])
     nine = range(9)
     assert evaluate.standard_turns([0.2, 0, 0.1], state) == [
@@ -1398,24 +1503,82 @@ def test_only_what_is_proved_counts(monkeypatch):
     assert evaluate.pgd_accuracy(model, x, y, eps=0.1) == 100
 
 
+def test_a_tie_goes_to_the_lowest_class_everywhere():
+    """As argmax has it. With more than 16 classes argsort has it otherwise."""
+    model = Layer(lambda x: (20 * x.flatten(1)).clamp(max=1))
+    x = 0.03 + 0.3 * torch.rand(50, 1, 4, 5)
+    y = model(x).argmax(1)
+    adversarial = evaluate.autoattack(model, x, y, eps=0.1)
+    broken = (model(adversarial).argmax(1) != y).double().mean()
+    assert 0.3 < broken < 0.6 and evaluate.pgd_accuracy(model, x, y, eps=0) == 100
+
+
+def test_square_takes_a_tie_that_argmax_gives_away():
+    def logits(x):  # rounded: class 1 wins, or ties with class 0
+        v = (x.mean((1, 2, 3)) > 0.5).to(x)
+        return torch.stack([0 * v, v, v - 1, v - 2], 1)
+
+    x, y = 0.53 + 0.1 * torch.rand(16, 1, 8, 8), torch.ones(16, dtype=torch.long)
+    found = evaluate.square(logits, x, y, eps=0.2, seeds=torch.arange(16))
+    assert (evaluate.proved_radius(logits, x, y, found) <= 0.2).all()
+
+
+def test_square_has_the_memory_for_many_channels():
+    x = torch.rand(2, 40, 4, 4)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(640, 3))
+    y = model(x).argmax(1)
+    found = evaluate.square(model, x, y, eps=0.3, seeds=torch.arange(2))
+    assert (evaluate.proved_radius(model, x, y, found) <= 0.3).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attacks_on_a_model_of_half_precision_stay_in_the_ball(dtype, short_attacks):
+    model, (x, _) = smooth_model().to(dtype).eval(), batch(12)
+    x = x.to(dtype)
+    y = model(x).argmax(1)
+    for eps in (4 / 255, 0.1):
+        for attacked in (pgd_attack(model, x, y, eps=eps), evaluate.autoattack(model, x, y, eps=eps)):
+            assert attacked.dtype == torch.float32 and 0 <= attacked.min() and attacked.max() <= 1
+            assert (attacked - x.float()).abs().max() <= eps + 1e-7
+    broken = model(attacked.to(dtype)).argmax(1) != y
+    accuracy = evaluate.pgd_accuracy(model, x, y, eps=0.1)
+    assert 100 * (~broken).double().mean() <= accuracy < 100
+
+
 def test_fallen_images_are_attacked_no_more():
     """The passes through the model: all images at the start, and of those that fall at once no more than a few."""
     (model, x, y), seen = linear_task(classes=2), []
     model.register_forward_hook(lambda model, inputs, output: seen.append(len(inputs[0])))
     assert (evaluate.autoattack(model, x, y, eps=0.9) != x).flatten(1).any(1).all()
-    assert sum(seen) <= 4 * len(x)
+    assert sum(seen) <= 7 * len(x)
 
 
-def test_signs_of_untrustworthy_robustness_are_told():
+def test_signs_of_untrustworthy_robustness_are_told(short_attacks):
     _, x, y = linear_task(classes=12)
-    model = linear_model(12, 48)
-    assert evaluate.doubts(model, x, y, "autoattack") == []
-    assert "twice" in evaluate.doubts(nn.Sequential(model, nn.Dropout()), x, y, "pgd")[0]
-    assert "probabilities" in evaluate.doubts(nn.Sequential(model, nn.Softmax(1)), x, y, "pgd")[0]
+    model, few = linear_model(12, 48), linear_model(3, 48)
     flat = nn.Sequential(nn.Flatten(), nn.Threshold(1e9, 1.0), nn.Linear(48, 12)).double()
-    assert f"{len(x)} of {len(x)} images is zero" in evaluate.doubts(flat, x, y, "pgd")[0]
-    few, = evaluate.doubts(linear_model(3, 48), x, y % 3, "autoattack")
-    assert "3 classes" in few and "2 targets" in few and "fewer logits" in few
+
+    class Nan(nn.Module):
+        def forward(self, x):
+            return model(x) * torch.where(x[:, :1, 0, 0] < x[0, 0, 0, 0], math.nan, 1.0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate.pgd_accuracy(model, x, y, eps=0.01)
+        evaluate.autoattack(model, x, y, eps=0.01)
+    for doubtful, labels, words in (
+            (nn.Sequential(model, nn.Dropout()), y, "twice"), (nn.Sequential(model, nn.Softmax(1)), y, "probabilities"),
+            (flat, y, f"{len(x)} of {len(x)} images is zero"), (Nan(), y, "logits are nan on .* of 60 images"),
+            (few, y % 3, "3 classes.* 2 targets.* fewer logits")):
+        with pytest.warns(UserWarning, match=words):
+            evaluate.autoattack(doubtful, x, labels, eps=0.01)
+        if doubtful is not few:
+            with pytest.warns(UserWarning, match=words):
+                evaluate.pgd_accuracy(doubtful, x, labels, eps=0.01)
+    nan = Nan()(x).isnan().any(1).double().mean().item()
+    assert 0 < nan < 1
+    with pytest.warns(UserWarning):  # argmax would call it class 0
+        assert evaluate.pgd_accuracy(Nan(), x, Nan()(x).argmax(1), eps=0) == pytest.approx(100 * (1 - nan))
 
 
 def result(path, name):
@@ -1458,7 +1621,7 @@ def test_evaluate_prints_a_table_and_writes_json(checkpoint, capsys):
     assert [clean, zero, some, all_of_it] == pytest.approx(
         [written["clean_accuracy"], *written["robust_accuracy"]], abs=0.01)
     assert written["config"]["method"] == "gradnorm" and written["eps"] == ["0", "48/255", "1"]
-    run(checkpoint, "--attack", "clean", "--num-images", "12", script=evaluate)
+    run(checkpoint.parent, "--attack", "clean", "--num-images", "12", script=evaluate)  # of a folder: checkpoint.pt
     assert result(checkpoint.parent, "clean-12.json")["clean_accuracy"] == written["clean_accuracy"]
     capsys.readouterr()
     run(checkpoint, "--sweep", "2", "--steps", "5", "--restarts", "2", "--num-images", "12", script=evaluate)
@@ -1475,6 +1638,8 @@ def test_seeds_of_one_setting_have_a_row_of_mean_and_standard_deviation(checkpoi
     run(*paths, "--eps", "48/255", "--num-images", "12", script=evaluate)
     rows = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
     assert [row[0] for row in rows] == [*map(str, paths), f"{checkpoint.parent}/fast-*, 2 seeds"]
+    run(checkpoint, shutil.copy(checkpoint, checkpoint.with_name("best.pt")), "--num-images", "12", script=evaluate)
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 2  # two checkpoints of one run are not two seeds
     high, low = (result(checkpoint.parent, f"fast-{seed}-pgd10-12-eps48.json")["clean_accuracy"] for seed in (0, 1))
     assert high > low and rows[3][1] == f"{(high + low) / 2:.2f} ± {(high - low) / 2 ** 0.5:.2f}"
 
@@ -1498,11 +1663,11 @@ def turns_of(*flags, limit=None):
     return turns
 
 
-def test_interrupted_evaluation_goes_on_and_ends_as_undisturbed(checkpoint, short_square):
+def test_interrupted_evaluation_goes_on_and_ends_as_undisturbed(checkpoint, short_attacks):
     rewrite(checkpoint, checkpoint.with_name("a.pt"), seed=5)  # is evaluated first, and not again
     flags = [checkpoint.with_name("a.pt"), checkpoint, "--attack", "autoattack", "--eps", "40/255",
-             "--num-images", "12"]
-    path, progress = (checkpoint.with_name(f"autoattack-12-eps40{suffix}") for suffix in (".json", ".progress"))
+             "--num-images", "6"]
+    path, progress = (checkpoint.with_name(f"autoattack-6-eps40{suffix}") for suffix in (".json", ".progress"))
     turns, undisturbed = turns_of(*flags), result(path.parent, path.name)
     path.unlink()
     assert turns_of(*flags, limit=9) == turns[:9] and not path.exists()
@@ -1532,7 +1697,7 @@ def test_two_processes_go_on_as_one(checkpoint, capsys):
     assert errors.count("not on test images") == 1  # rank 0 alone speaks
 
 
-def test_square_breaking_what_the_gradient_could_not_is_told(checkpoint, short_square, recwarn, monkeypatch):
+def test_square_breaking_what_the_gradient_could_not_is_told(checkpoint, short_attacks, recwarn, monkeypatch):
     class Steps(nn.Sequential):  # its gradient is zero, and random search alone breaks it
         def forward(self, x):
             return super().forward((x * 8).round() / 8)
@@ -1736,6 +1901,16 @@ def test_all_draws_what_it_can_and_says_what_it_cannot(runs, tmp_path, capsys, r
         assert f"{name}.png: " in line and words in line
 
 
+def test_all_draws_the_rest_where_the_data_are_elsewhere(runs, folder, tmp_path, monkeypatch, capsys, recwarn):
+    monkeypatch.setattr(visualize, "PICTURES", {"gradients": visualize.gradients, "accuracy": visualize.accuracy})
+    for path in [*runs[0].glob("*.json")]:
+        path.write_text(path.read_text().replace(str(folder), "/nonexistent"))
+    run("all", tmp_path / "runs", script=visualize)
+    assert "accuracy.png" in capsys.readouterr().out and "--data-dir" in str(recwarn.pop().message)
+    run("all", tmp_path / "runs", "--data-dir", folder, script=visualize)
+    assert len(capsys.readouterr().out.splitlines()) == 2 and len(recwarn) == 0
+
+
 def test_runs_of_one_method_are_told_apart(runs):
     several = drawable([runs[1], runs[1], runs[0]])
     assert several[2]["label"] == "natural"
@@ -1768,7 +1943,7 @@ def test_pictures_of_what_is_not_there_end_in_one_line(runs, tmp_path, monkeypat
     assert "pip install matplotlib" in mistake("accuracy", runs[1], script=visualize)
 
 
-def test_the_readmes_python_runs(gallery, short_square, tmp_path, monkeypatch):
+def test_the_readmes_python_runs(gallery, short_attacks, tmp_path, monkeypatch):
     """Block after block, with a stand-in for torchattacks; the first is the method."""
     class PGD:
         def __init__(self, model, eps, alpha, steps):

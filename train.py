@@ -14,6 +14,7 @@ checkpoints, and the command line. A run writes into --output-dir:
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
@@ -29,6 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -106,11 +108,12 @@ def train(args, checkpoint, device):
             ema.load_state_dict(checkpoint["ema"])
         first_epoch, metrics = checkpoint["epoch"], checkpoint["metrics"]
     check_epoch(first_epoch)
-    config = vars(args) | {"classes": train_set.classes, "channels": len(model[0].mean), "world_size": WORLD_SIZE}
+    config = vars(args) | {"classes": train_set.classes, "channels": len(model[0].mean),
+                           "image_size": eval_images.shape[-1], "world_size": WORLD_SIZE}
     del config["init"]  # a path; `parent` has the settings of the run that it names, or None
     output_dir = Path(args.output_dir)
     if RANK == 0:
-        make_folder(output_dir / "gradients")
+        (output_dir / "gradients").mkdir(parents=True, exist_ok=True)
         print(f"{args.method} training of {args.model} on {args.dataset}: {len(train_set)} images, "
               f"{len(train_set.classes)} classes, {WORLD_SIZE} process(es) on {device.type}; {output_dir} "
               + (f"from epoch {first_epoch + 1} to {args.epochs}" if first_epoch < args.epochs else "is finished"),
@@ -249,6 +252,9 @@ def load_data_and_model(args, checkpoint):
     with rank_zero_first():
         train_set, test_set = load_dataset(args, train=True), load_dataset(args, train=False)
         image, classes = train_set[0][0], train_set.classes
+        if len(classes) < 2:
+            raise Mistake(f"the data have one class, {classes}: a classifier needs two, and --data-dir DIR means "
+                          "DIR/train/CLASS/IMAGE")
         if test_set.classes != classes:
             raise Mistake("train/ and val/ must have the same classes: "
                           f"{sorted({*classes} ^ {*test_set.classes})[:5]} are in one alone")
@@ -264,7 +270,8 @@ def load_data_and_model(args, checkpoint):
                 replace_head(model, len(classes))
         else:
             channels = checkpoint["config"]["channels"] if checkpoint else image.shape[0]
-            model = build_model(args.model, channels, len(classes), args.activation, args.pretrained and not checkpoint)
+            model = build_model(args.model, channels, len(classes), args.activation, args.pretrained and not checkpoint,
+                                image.shape[-1])
         check_model(model, args, image)
     return train_set, test_set, model
 
@@ -365,9 +372,12 @@ class BadImage(Mistake):
 
 def read_image(path):
     try:
-        return torchvision.datasets.folder.pil_loader(path)
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises on a bad file
-        raise BadImage(f"cannot read the image {path} ({error}): mend or remove it") from None
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # which convert would clip to white
+                raise ValueError(f"its pixels are {image.mode}, not 8-bit")
+            return image.convert("RGB")
+    except Exception as error:  # PIL raises of every kind
+        raise BadImage(f"cannot read the image {path} ({error}): mend, convert or remove it") from None
 
 
 def train_transform(args, size, crop):
@@ -483,19 +493,18 @@ class Normalize(nn.Module):
 ACTIVATIONS = {"gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU}
 
 
-def build_model(name, channels, classes, activation=None, pretrained=False):
+def build_model(name, channels, classes, activation=None, pretrained=False, image_size=224):
     """A model from pixels (N, `channels`, H, W) to logits (N, `classes`): ConvNet, or torchvision's of that name with
-    ImageNet's normalisation. `activation` replaces every ReLU, GELU and SiLU module."""
+    ImageNet's normalisation. `activation` replaces every ReLU, GELU and SiLU module. `image_size` matters to ViTs."""
     if name == "convnet":
         model = nn.Sequential(Normalize([0.5] * channels, [0.25] * channels), ConvNet(channels, classes))
     else:
-        if pretrained:
-            try:
-                network = torchvision.models.get_model(name, weights="DEFAULT")
-            except OSError as error:
-                raise Mistake(f"--pretrained: cannot download the weights of {name} ({error})") from None
-        else:
-            network = torchvision.models.get_model(name, num_classes=classes)
+        size = {"image_size": image_size} if name.startswith("vit_") else {}  # the others take any, or their weights'
+        try:
+            network = (torchvision.models.get_model(name, weights="DEFAULT") if pretrained
+                       else torchvision.models.get_model(name, num_classes=classes, **size))
+        except (OSError, AssertionError) as error:  # no download; an image size that is no multiple of the patches'
+            raise Mistake(f"cannot build {name} for {image_size} pixels ({error})") from None
         model = nn.Sequential(Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), network)
         if pretrained and classes != 1000:
             replace_head(model, classes)
@@ -520,18 +529,22 @@ def replace_head(model, classes):
 
 
 def check_model(model, args, image):
-    """Stop here, not in the middle of the first step, if the model does not fit the settings or such an image."""
+    """Stop here, not after minutes, if the model does not fit the settings or cannot make a step on such images."""
     if args.activation and not any(isinstance(module, ACTIVATIONS[args.activation]) for module in model.modules()):
         raise Mistake(f"--activation {args.activation}: {args.model} has no ReLU, GELU or SiLU module to replace")
     if args.compile and args.method != "natural" and batchnorms(model) and not args.parent:
         raise Mistake(f"--compile cannot trace the inner gradient of {args.model} while BatchNorm updates its "
                       "statistics: start from a trained network with --init, which keeps them")
+    trial = copy.deepcopy(model).train()  # BatchNorm would remember the step
+    if args.parent:
+        freeze_batchnorm(trial)
+    x = (image.float() / 255).expand(min(args.batch_size, 2), -1, -1, -1)
     try:
-        with torch.no_grad():
-            model.eval()(image[None].float() / 255)
+        Objective(trial, args)(x, torch.zeros(len(x), dtype=torch.long), torch.ones(())).backward()
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise Mistake(f"{args.model} does not take images of {tuple(image.shape)} (channels, height, width): {error}"
-                      ) from None
+        raise Mistake(f"{args.model} fails on {len(x)} image(s) of {tuple(image.shape)} (channels, height, width): "
+                      f"{str(error).splitlines()[0]}"
+                      + "; --h 2/255 needs no second derivative" * ("derivative" in str(error))) from None
 
 
 # Checkpoints
@@ -561,7 +574,8 @@ def load_checkpoint(path, device="cpu"):
     `channels`. The averaged weights if it was trained with --ema-decay. Raises ValueError on any other file."""
     checkpoint = read_checkpoint(path)
     config = checkpoint["config"]
-    model = build_model(config["model"], config["channels"], len(config["classes"]), config["activation"])
+    model = build_model(config["model"], config["channels"], len(config["classes"]), config["activation"],
+                        image_size=config["image_size"])
     if checkpoint["ema"]:
         averaged = AveragedModel(model, use_buffers=True)
         averaged.load_state_dict(checkpoint["ema"])
@@ -571,7 +585,14 @@ def load_checkpoint(path, device="cpu"):
     return model.eval().to(device), config
 
 
+def checkpoint_path(path):
+    """A folder of a run stands for its checkpoint.pt."""
+    path = Path(path).expanduser()
+    return path / "checkpoint.pt" if path.is_dir() else path
+
+
 def read_checkpoint(path):
+    path = checkpoint_path(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # never unpickles code
         checkpoint["config"]["classes"], checkpoint["model"], checkpoint["epoch"]  # LookupError in another file
@@ -588,21 +609,11 @@ def read_checkpoint(path):
 def replace(path):
     """A binary file to write, which takes the place of `path` at the end, whole, or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise Mistake(f"cannot write {path} ({error.strerror}): choose or mend its place") from None
-
-
-def make_folder(path):
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Mistake(f"cannot make the folder {path} ({error.strerror}): choose another place") from None
+    with open(temporary, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 # Command line
@@ -651,7 +662,8 @@ def make_parser():
     data = parser.add_argument_group("data and model")
     data.add_argument("--dataset", default="shapes", choices=["shapes", "fashion-mnist", "cifar10", "imagefolder"],
                       help="shapes is drawn by train.py, the next two are downloaded")
-    data.add_argument("--data-dir", help="where the data are, or go; for imagefolder it holds train/ and val/")
+    data.add_argument("--data-dir", type=os.path.expanduser,
+                      help="where the data are, or go; for imagefolder it holds train/ and val/")
     data.add_argument("--val-images", default=0, type=whole,
                       help="evaluate on so many held-out training images, to choose settings; 0: on the test part")
     data.add_argument("--image-size", default=224, type=count, help="imagefolder: side in pixels")
@@ -660,7 +672,8 @@ def make_parser():
                            "erasing, mixup, cutmix and label smoothing")
     data.add_argument("--model", default="convnet", choices=["convnet", *sorted(models)], metavar="NAME",
                       help="convnet, or any classification model of torchvision, such as resnet50, swin_b or vit_b_16")
-    data.add_argument("--activation", choices=list(ACTIVATIONS), help="replaces every ReLU, GELU and SiLU module")
+    data.add_argument("--activation", choices=list(ACTIVATIONS),
+                      help="replaces every ReLU, GELU and SiLU module; functional ones, as DenseNet's last, stay")
     start = data.add_mutually_exclusive_group()
     start.add_argument("--init", metavar="CHECKPOINT",
                        help="start from the weights of another run, of its model and activation; BatchNorm keeps its "
@@ -680,7 +693,8 @@ def make_parser():
                        help="keep, evaluate and save an average of the weights; the paper's is 0.9998; 0 keeps none")
 
     run = parser.add_argument_group("running")
-    run.add_argument("--output-dir", help="where the run is written; by default runs/METHOD")
+    run.add_argument("--output-dir", type=os.path.expanduser,
+                     help="where the run is written; by default runs/METHOD")
     run.add_argument("--resume", action="store_true",
                      help="go on from the checkpoint in --output-dir with its settings; start if there is none")
     run.add_argument("--amp", default="off", choices=["off", "bf16", "fp16"], help="mixed precision in training")
@@ -764,12 +778,13 @@ def start_process(timeout=None):
 
 
 def run_script(main, when_interrupted):
-    """Calls a script's `main`. A user's mistake ends in one line, once per machine, and Ctrl-C in another."""
+    """Calls a script's `main`. A user's mistake, or a file that cannot be read or written, ends in one line, once per
+    machine, and Ctrl-C in another."""
     name = Path(sys.argv[0]).name
     warnings.formatwarning = lambda message, *_: f"{name}: warning: {message}\n"
     try:
         main()
-    except Mistake as error:
+    except (Mistake, OSError) as error:
         if LOCAL_RANK == 0 or isinstance(error, BadImage):
             message = str(error).rpartition("BadImage: ")[2].strip()  # a loading process puts its traceback before
             print(f"{name}: error: {message}", file=sys.stderr, flush=True)

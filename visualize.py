@@ -13,6 +13,7 @@ A picture goes where --output says, else into the folder that holds the first ru
 
 import argparse
 import json
+import os
 import warnings
 from fnmatch import fnmatch
 from pathlib import Path
@@ -251,7 +252,7 @@ def fraction(run):
     return f"{255 * run['config']['eps']:.3g}/255"
 
 
-def load_run(path):
+def load_run(path, data_dir=None):
     """A run's folder: its configuration, its metrics (one dict per epoch), its results of evaluate.py, how it is drawn.
     Only without results is the checkpoint read: they are enough for the curves, where they are kept alone."""
     path = path.parent if path.is_file() else path
@@ -259,6 +260,7 @@ def load_run(path):
     metrics = [json.loads(line) for line in file.read_bytes().splitlines()] if file.exists() else []
     results = [json.loads(file.read_bytes()) | {"file": file.name} for file in sorted(path.glob("*.json"))]
     config = results[0]["config"] if results else train.read_checkpoint(path / "checkpoint.pt")["config"]
+    config["data_dir"] = data_dir or config["data_dir"]
     method = config["method"]
     return {"path": path, "config": config, "metrics": metrics, "results": results, "method": method,
             "colour": COLOURS[method], "label": NAMES[method], "marker": "o"}
@@ -293,14 +295,16 @@ def main():
     parser.add_argument("picture", choices=[*PICTURES, "all"], help="all makes each of them that it has the data for")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
                         help="folders of train.py, or their checkpoints; for all, folders that hold such folders")
+    parser.add_argument("--data-dir", metavar="DIR", type=os.path.expanduser,
+                        help="where the data are; the place they were trained from if not given")
     parser.add_argument("--output", type=Path, metavar="FILE", help="PNG to write; for all, the folder to write into")
     args = parser.parse_args()
     if args.picture == "all":
         draw_all(args)
         return
-    runs = told_apart([load_run(path) for path in args.runs])
+    runs = told_apart([load_run(path, args.data_dir) for path in args.runs])
     output = args.output or runs[0]["path"].resolve().parent / f"{args.picture}.png"
-    train.make_folder(output.parent)
+    output.parent.mkdir(parents=True, exist_ok=True)
     save(PICTURES[args.picture](runs), output)
 
 
@@ -309,7 +313,7 @@ def draw_all(args):
     folders = {}
     for path in sorted({path.parent for folder in args.runs for path in folder.rglob("metrics.jsonl")}):
         try:
-            folders.setdefault(path.parent, []).append(load_run(path))
+            folders.setdefault(path.parent, []).append(load_run(path, args.data_dir))
         except Mistake as error:
             warnings.warn(f"left out: {error}")
     if not folders:
@@ -317,7 +321,7 @@ def draw_all(args):
     for folder, runs in folders.items():
         runs = told_apart(sorted(runs, key=lambda run: list(COLOURS).index(run["method"])))
         output = args.output or folder
-        train.make_folder(output)
+        output.mkdir(parents=True, exist_ok=True)
         for name, draw in PICTURES.items():
             try:
                 save(draw(runs), output / f"{name}.png")
