@@ -16,7 +16,6 @@ numbers of an image come from its own seeds, whatever batch it is in. What a bat
 """
 
 import argparse
-import datetime
 import hashlib
 import json
 import math
@@ -415,9 +414,9 @@ def warn(lines, prefix=""):
 
 def main():
     args = parse_args()
-    # A rank may wait for the slowest one longer than the default allows.
-    device = train.start_process(timeout=datetime.timedelta(days=1))
-    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True  # rounding decides no verdict
+    device = train.start_process()
+    torch.set_float32_matmul_precision("highest")  # rounding decides no verdict
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
     models, x, y = load_models_and_images(args, device)
     results = {path: evaluate_checkpoint(path, model, config, x, y, args) for path, (model, config) in models.items()}
     if RANK == 0:

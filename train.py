@@ -15,12 +15,14 @@ checkpoints, and the command line. A run writes into --output-dir:
 import argparse
 import contextlib
 import copy
+import datetime
 import json
 import math
 import os
 import pickle
 import sys
 import time
+import traceback
 import warnings
 from fractions import Fraction
 from pathlib import Path
@@ -33,8 +35,8 @@ import torchvision
 from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_convert
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -88,16 +90,12 @@ def train(args, checkpoint, device):
     eval_images, eval_labels = held_out(test_set, args.eval_images, RANK, WORLD_SIZE)
     warmup_steps, total_steps = round(args.warmup_epochs * len(loader)), args.epochs * len(loader)
 
-    objective = Objective(model, args)
-    if args.compile:
-        objective.compile()
-    if WORLD_SIZE > 1:
-        objective = DistributedDataParallel(objective, device_ids=[LOCAL_RANK] if device.type == "cuda" else None)
+    objective = parallel(Objective(model, args), args, device)
     optimizer = build_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     ema = None
     if args.ema_decay:
-        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay), use_buffers=True)
+        ema = AveragedModel(model, multi_avg_fn=moving_average(args.ema_decay), use_buffers=True)
 
     first_epoch, metrics = 0, []
     if checkpoint:
@@ -157,6 +155,9 @@ def train(args, checkpoint, device):
                               f"stays in {output_dir}")
         seconds = time.perf_counter() - start
 
+        if WORLD_SIZE > 1:  # each rank's BatchNorm has seen its own images: evaluate what rank 0 will save
+            for buffer in [*model.buffers(), *(ema.module.buffers() if ema else [])]:
+                dist.broadcast(buffer, 0)
         loss, = mean_over_ranks(torch.stack(losses).nanmean()[None])
         metrics.append({"epoch": epoch + 1, "loss": loss, "lr": lr, "seconds": seconds,
                         **evaluate(model, eval_images, eval_labels, args.eps, args.batch_size, device)})
@@ -173,6 +174,24 @@ def train(args, checkpoint, device):
                             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                             "epoch": epoch + 1, "metrics": metrics, "config": config}, file)
             print("  ".join(f"{name} {value:.4g}" for name, value in metrics[-1].items()), flush=True)
+
+
+def parallel(objective, args, device):
+    """The objective, compiled and shared out over the processes if so asked."""
+    if args.compile:
+        torch._dynamo.config.optimize_ddp = False  # which would split the graph in the middle of an inner gradient
+        objective.compile()
+    if WORLD_SIZE > 1:
+        objective = DistributedDataParallel(objective, device_ids=[LOCAL_RANK] if device.type == "cuda" else None)
+    return objective
+
+
+def moving_average(decay):
+    """For AveragedModel: exponential, of what floats; the rest, such as Swin's index of positions, is copied."""
+    def update(averaged, current, _):
+        for a, b in zip(averaged, current):
+            a.copy_(a.lerp(b, 1 - decay) if a.is_floating_point() else b)
+    return update
 
 
 def learning_rate(step, warmup_steps, total_steps, peak, floor=1e-5):
@@ -192,7 +211,7 @@ def build_optimizer(model, args):
     exempt = [p for name, p in named if not (name.endswith("weight") and p.ndim > 1)]
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=args.lr)
+        return torch.optim.AdamW(groups, lr=args.lr, fused=decayed[0].is_cuda or None)
     return torch.optim.SGD(groups, lr=args.lr, momentum=0.9)
 
 
@@ -279,10 +298,10 @@ def load_data_and_model(args, checkpoint):
 def make_loader(train_set, args, pin_memory):
     """Batches of images, (N, C, H, W) uint8, and targets: this rank's share, shuffled anew by set_epoch."""
     sampler = DistributedSampler(train_set, WORLD_SIZE, RANK, seed=args.seed, drop_last=True)
-    in_memory = isinstance(train_set, Images)  # which hands out whole batches
+    in_memory = isinstance(train_set, Images)  # which hands out whole batches, at once unless they are augmented much
     return DataLoader(train_set, args.batch_size, sampler=sampler, drop_last=True, pin_memory=pin_memory,
-                      num_workers=0 if in_memory else args.workers,
-                      collate_fn=(lambda batch: batch) if in_memory else None)
+                      num_workers=0 if in_memory and args.augment != "strong" else args.workers,
+                      collate_fn=default_convert if in_memory else None)
 
 
 def held_out(test_set, n, rank=0, world_size=1):
@@ -685,7 +704,9 @@ def make_parser():
     optim.add_argument("--batch-size", default=128, type=count, help="images per process and step")
     optim.add_argument("--optimizer", default="adamw", choices=["adamw", "sgd"],
                        help="sgd has momentum 0.9, and wants a --weight-decay near 5e-4")
-    optim.add_argument("--lr", type=weight, help="peak learning rate; by default 1e-2 for convnet, 1e-3 for the others")
+    optim.add_argument("--lr", type=weight,
+                       help="peak learning rate; by default 1e-2 for convnet, 1e-3 for the others; from scratch, 3e-3 "
+                            "suits resnet18 and 3e-4 swin_t")
     optim.add_argument("--warmup-epochs", default=2, type=weight,
                        help="rise of the learning rate, the gradient norm's weight and the training attack's step size")
     optim.add_argument("--weight-decay", default=0.05, type=weight, help="not on norms and biases")
@@ -700,7 +721,7 @@ def make_parser():
     run.add_argument("--amp", default="off", choices=["off", "bf16", "fp16"], help="mixed precision in training")
     run.add_argument("--compile", action="store_true", help="torch.compile the objective; takes minutes to start")
     run.add_argument("--workers", default=min(8, os.cpu_count()), type=whole,
-                     help="imagefolder: loading processes per training process")
+                     help="imagefolder and strong augmentation: loading processes per training process")
     run.add_argument("--eval-images", default=250, type=count, help="held-out images to evaluate on after each epoch")
     run.add_argument("--seed", default=0, type=whole, help="of the weights, the order of images and all noise")
     return parser
@@ -761,19 +782,20 @@ def rank_zero_first():
         dist.barrier()
 
 
-def start_process(timeout=None):
+def start_process():
     """This process's device: a GPU of its own, or the CPU on a machine without. Joins the processes that torchrun has
-    started, which wait for each other up to `timeout`, a timedelta."""
+    started, which wait for each other up to a day: for a download, a scan of ImageNet, the slowest one's attacks."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
             raise Mistake(f"this machine has {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
         device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
+    day = datetime.timedelta(days=1)
     if WORLD_SIZE > 1 and device.type == "cuda":
-        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+        dist.init_process_group("nccl", timeout=day, device_id=device)
     elif WORLD_SIZE > 1:
-        dist.init_process_group("gloo", timeout=timeout)
+        dist.init_process_group("gloo", timeout=day)
     return device
 
 
@@ -784,22 +806,30 @@ def run_script(main, when_interrupted):
     warnings.formatwarning = lambda message, *_: f"{name}: warning: {message}\n"
     try:
         main()
-    except (Mistake, OSError) as error:
-        if LOCAL_RANK == 0 or isinstance(error, BadImage):
-            message = str(error).rpartition("BadImage: ")[2].strip()  # a loading process puts its traceback before
-            print(f"{name}: error: {message}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    except (Mistake, OSError, torch.OutOfMemoryError) as error:
+        status, speaks = 2, LOCAL_RANK == 0 or type(error) is not Mistake
+        line = "error: " + str(error).rpartition("BadImage: ")[2].strip()  # a worker puts its traceback before
     except KeyboardInterrupt:
-        if LOCAL_RANK == 0:
-            print(f"{name}: interrupted: {when_interrupted}", file=sys.stderr, flush=True)
-        sys.exit(130)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        status, speaks, line = 130, LOCAL_RANK == 0, f"interrupted: {when_interrupted}"
+    except Exception:
+        status, speaks, line = 1, True, traceback.format_exc()
+    else:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
+    if speaks:
+        print(f"{name}: {line}", file=sys.stderr, flush=True)
+    if dist.is_initialized():  # the other processes may be in a collective, and an orderly exit would wait for them
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def main():
     args, checkpoint = parse_args()
     device = start_process()
+    torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it
+    torch.backends.cudnn.benchmark = True  # all batches have one shape
     torch.manual_seed(args.seed)  # the same first weights on every rank
     train(args, checkpoint, device)
 
