@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import train
 from gradnorm import at_least_float32, check_images, check_targets, differentiate, input_gradient, pgd_attack
-from train import RANK, WORLD_SIZE, Mistake
+from train import RANK, WORLD_SIZE, Mistake, misclassified
 
 
 # The attacks. Each returns images (N, C, H, W): misclassified ones where it found them, `x` or anything elsewhere. An
@@ -216,11 +216,6 @@ def margin(logits, y):
     return torch.where(misclassified(logits, y), -math.inf, difference)
 
 
-def misclassified(logits, y):
-    """The verdict, (N,), in one way everywhere: by argmax, which gives a tie to the lowest class; nan is wrong."""
-    return (logits.argmax(1) != y) | logits.isnan().any(1)
-
-
 def ascent(model, objective, batch_size, x, y, target):
     """Logits (N, classes), `objective` of them (N,), and the gradient of each with respect to its own image."""
     parts = []
@@ -295,6 +290,8 @@ def autoattack(model, x, y, *, eps, batch_size=256):
 
 def pgd_accuracy(model, x, y, *, eps, steps=10, restarts=1, batch_size=256):
     """Accuracy (%) under PGD with that many random starts. Warns and raises as `autoattack` does."""
+    if restarts < 1:
+        raise ValueError(f"restarts must be at least 1, not {restarts}")
     model, x, y, state = initial_state(model, x, y, [eps], batch_size)
     warn(doubts(model, x, y, state, "pgd", batch_size))
     for turn in pgd_turns([eps], restarts):
@@ -328,14 +325,16 @@ def initial_state(model, x, y, radii, batch_size=256):
         images   (N, C, H, W): those images that this process found, and `x` elsewhere
         logits   (N, classes) of `x`
         targets  (N, up to 9): the likeliest classes but the first
+        training whether the model is in train mode
     """
-    check_images(x, min(radii, default=0), pixels=True)
+    for eps in radii or [0]:
+        check_images(x, eps, pixels=True)
     network, dtype = model, x.dtype
 
     def model(images):
         return network(images.to(dtype))
 
-    x = at_least_float32(x)  # the walls of the ball would be rounded in bfloat16
+    x = at_least_float32(x.detach())  # the walls of the ball would be rounded in bfloat16
     logits = predict(model, x, batch_size)
     if y.is_floating_point():
         raise ValueError("y must hold class indices, not probabilities")
@@ -343,7 +342,7 @@ def initial_state(model, x, y, radii, batch_size=256):
     y = y.long()
     others = logits.scatter(1, logits.argmax(1, keepdim=True), -math.inf).argsort(dim=1, descending=True)
     radius = torch.where(misclassified(logits, y), 0.0, math.inf).double()
-    return model, x, y, {"radius": radius, "images": x.clone(), "logits": logits,
+    return model, x, y, {"radius": radius, "images": x.clone(), "logits": logits, "training": network.training,
                          "targets": others[:, :min(9, logits.shape[1] - 1)]}
 
 
@@ -379,8 +378,11 @@ def doubts(model, x, y, state, attack, batch_size=256):
     """A line for each sign that robust accuracy cannot be trusted (Athalye et al., "Obfuscated gradients give a false
     sense of security", ICML 2018), or that an attack is less than the published one."""
     lines, logits = [], state["logits"]
+    if state["training"]:
+        lines.append("the model is in train mode, with its dropout and BatchNorm: call model.eval() first")
     again = predict(model, x[:batch_size], batch_size)
-    if ((logits[:batch_size] - again).abs().amax(1) > 1e-4 * again.abs().amax(1)).any():
+    rounding = 1e-4 * again.nan_to_num(0, 0, 0).abs().max().item()
+    if not torch.allclose(again, logits[:batch_size], rtol=0, atol=rounding, equal_nan=True):
         lines.append("the model answers differently when asked twice: the attacks do not average over its randomness")
     if logits.min() >= 0 and ((logits.sum(1) - 1).abs() < 1e-4).all():
         lines.append("the model's outputs look like probabilities: give the logits, before the softmax")
@@ -388,7 +390,7 @@ def doubts(model, x, y, state, attack, batch_size=256):
         lines.append(f"the model's logits are nan on {nan} of {len(x)} images, which count as misclassified")
     if attack != "clean":
         gradients = (input_gradient(model, *batch) for batch in zip(x.split(batch_size), y.split(batch_size)))
-        blind = sum(((g == 0) | g.isnan()).flatten(1).all(1).sum().item() for g in gradients)
+        blind = sum(((g == 0).flatten(1).all(1) | g.isnan().flatten(1).any(1)).sum().item() for g in gradients)
         if blind:
             lines.append(f"the input gradient of {blind} of {len(x)} images is zero or nan: what follows the gradient "
                          "of cross-entropy, as PGD and APGD-CE do, is blind there")
@@ -406,7 +408,7 @@ def doubt_of_square(broken):
 
 def warn(lines, prefix=""):
     for line in lines if RANK == 0 else []:
-        warnings.warn(prefix + line)
+        warnings.warn(prefix + line, stacklevel=3)
 
 
 # Command line
@@ -418,19 +420,19 @@ def main():
     torch.set_float32_matmul_precision("highest")  # rounding decides no verdict
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
     models, x, y = load_models_and_images(args, device)
-    results = {path: evaluate_checkpoint(path, model, config, x, y, args) for path, (model, config) in models.items()}
+    results = {path: evaluate_checkpoint(path, *loaded, x, y, args) for path, loaded in models.items()}
     if RANK == 0:
         print_table(results, args)
         for path in results:  # kept until all of them are evaluated
-            result_path(path, args).with_suffix(".progress").unlink()
+            result_path(path, args).with_suffix(".progress").unlink(missing_ok=True)
 
 
-def evaluate_checkpoint(path, model, config, x, y, args):
+def evaluate_checkpoint(path, model, config, sha256, x, y, args):
     """The result, which is also written beside the checkpoint. After each attack a file keeps how far it has come."""
     path_of_result = result_path(path, args)
     path_of_progress = path_of_result.with_suffix(".progress")
     # What an interrupted evaluation must have in common with this one to be gone on with.
-    settings = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()} | {
+    settings = {"sha256": sha256, "images_sha256": hashlib.sha256(x.cpu().numpy().tobytes()).hexdigest()} | {
         name: getattr(args, name) for name in ("attack", "eps", "steps", "restarts", "num_images")}
     model, x, y, state = initial_state(model, x, y, args.radii, args.batch_size)
     progress = {"settings": settings, "radius": state["radius"].tolist(), "done": 0, "after": {}, "seconds": 0.0}
@@ -443,6 +445,8 @@ def evaluate_checkpoint(path, model, config, x, y, args):
     turns = {"clean": [], "pgd": pgd_turns(args.radii, args.restarts),
              "autoattack": standard_turns(args.radii, state)}[args.attack]
     lines = doubts(model, x, y, state, args.attack, args.batch_size)
+    if config["epoch"] < config["epochs"]:
+        lines.append(f"trained for {config['epoch']} of {config['epochs']} epochs")
     start = time.perf_counter() - progress["seconds"]
     bar = tqdm(turns[progress["done"]:], desc=str(path), initial=progress["done"], total=len(turns), leave=False,
                unit=" attacks", disable=True if RANK else None)
@@ -468,20 +472,15 @@ def evaluate_checkpoint(path, model, config, x, y, args):
 
 
 def load_models_and_images(args, device):
-    """Checkpoint -> (model, configuration), and the images (N, C, H, W) and labels that all of them meet."""
-    models = {path: train.load_checkpoint(path, device) for path in args.checkpoints}
-    first, config = args.checkpoints[0], models[args.checkpoints[0]][1]
-    for path, (_, other) in models.items():
-        for name in ("dataset", "classes", "val_images"):
-            if other[name] != config[name]:
-                raise Mistake(f"{path} was trained with the {name} {other[name]}, {first} with {config[name]}: "
-                              "evaluate them one by one")
+    """Checkpoint -> (model, configuration, SHA-256), and the images (N, C, H, W) and labels that all of them meet."""
+    if len({result_path(path.resolve(), args) for path in args.checkpoints}) < len(args.checkpoints):
+        raise Mistake("two of the checkpoints have one name in one folder: their results would be one file")
+    models = {path: (*train.load_checkpoint(path, device), hashlib.sha256(path.read_bytes()).hexdigest())
+              for path in args.checkpoints}
+    config = models[args.checkpoints[0]][1]
+    train.check_same_data({path: other for path, (_, other, _) in models.items()}, args.data_dir)
     with train.rank_zero_first():
-        test_set = train.load_dataset(argparse.Namespace(**config | {"data_dir": args.data_dir or config["data_dir"]}),
-                                      train=False)
-    if test_set.classes != config["classes"]:
-        raise Mistake(f"the data have the classes {test_set.classes}, not those of {first}: choose others by "
-                      "--data-dir")
+        test_set = train.load_test_set(config, args.data_dir)
     if args.num_images > len(test_set):
         raise Mistake(f"--num-images {args.num_images}: there are {len(test_set)} held-out images")
     if config["val_images"] and RANK == 0:

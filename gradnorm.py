@@ -57,9 +57,10 @@ def gradnorm_loss_finite_difference(model, x, y, *, lambda_ce=0.8, lambda_gn=1.2
         (λ_CE - λ_GN·ε/h) · L(x) + (λ_GN·ε/h) · L(x + h · s),
 
     with the default λ and h: -1.6 · L(x) + 2.4 · L(x + h · s). As h → 0 it becomes `gradnorm_loss`; at h = ε with
-    λ_CE = λ_GN the first weight is 0, and what is left is FGSM adversarial training. In bfloat16 a small h drowns in
-    rounding, one near ε does not. It works where no double backward exists, in the memory of natural training, for
-    the time of two forward-backward passes. The other arguments and the returned value are those of `gradnorm_loss`.
+    λ_CE = λ_GN the first weight is 0, and what is left is FGSM adversarial training. A small h drowns in rounding: in
+    float32 below 1e-6, in bfloat16 well before ε. It works where no double backward exists, in the memory of natural
+    training, for the time of two forward-backward passes. Weights must be among `model.parameters()`. The other
+    arguments and the returned value are those of `gradnorm_loss`.
     """
     check_images(x, eps)
     h = eps / 2 if h is None else h
@@ -80,7 +81,7 @@ def gradnorm_loss_finite_difference(model, x, y, *, lambda_ce=0.8, lambda_gn=1.2
 
 
 def input_gradient(model, x, y):
-    """∇x of each example's own loss, (N, C, H, W), detached; `model` and its parameters' `.grad` stay untouched."""
+    """∇x of each example's own loss, (N, C, H, W), detached. The parameters' `.grad` stay untouched."""
     check_images(x)
     return _losses_and_gradients(model, x, y)[1]
 
@@ -173,17 +174,20 @@ def at_least_float32(tensor):
 def _per_channel(sigma, x):
     """`sigma`, a number or one per channel, in a shape that divides images."""
     sigma = torch.as_tensor(sigma, dtype=x.dtype)
-    if not torch.compiler.is_compiling() and not min(sigma.view(-1).tolist()) > 0:
-        raise ValueError(f"sigma must be positive, not {sigma.tolist()}")
+    positive = torch.compiler.is_compiling() or min(sigma.view(-1).tolist()) > 0
+    if sigma.numel() not in (1, x.shape[1]) or not positive:
+        raise ValueError(f"sigma must be positive, one number or one per channel, not {sigma.tolist()}")
     return sigma.to(x.device).view(-1, 1, 1)
 
 
 def check_images(x, eps=0.0, pixels=False):
-    """Raises ValueError for what is no batch of float images, or with `pixels` none in [0, 1], or for a negative ε."""
+    """Raises ValueError for what is no batch of float images, or with `pixels` none in [0, 1], or for a wrong ε."""
     if not x.is_floating_point():
         raise ValueError(f"x must be a float tensor, not {x.dtype}: convert it with x.float() / 255")
-    if eps < 0:
-        raise ValueError(f"eps must not be negative, not {eps}")
+    if x.ndim != 4 or len(x) == 0:
+        raise ValueError(f"x must be images (N, C, H, W), not {tuple(x.shape)}")
+    if not 0 <= eps <= (1 if pixels else float("inf")):  # nan too
+        raise ValueError(f"eps must be {'from 0 to 1, in pixels' if pixels else 'at least 0'}, not {eps}")
     if torch.compiler.is_compiling():
         return
     if torch.is_inference_mode_enabled() or x.is_inference():

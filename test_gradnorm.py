@@ -352,6 +352,8 @@ PUBLIC = [*LOSSES, pgd_attack, lambda model, x, y, eps: input_gradient(model, x,
 @pytest.mark.parametrize("call", PUBLIC)
 @pytest.mark.parametrize("wrong, words", [
     ({"x": torch.zeros(5, 3, 8, 8, dtype=torch.uint8)}, "uint8"),
+    ({"x": torch.zeros(5, 192, dtype=torch.double)}, r"images.*\(5, 192\)"),
+    ({"x": torch.zeros(0, 3, 8, 8, dtype=torch.double)}, r"images.*\(0, 3, 8, 8\)"),
     ({"y": torch.tensor([0, 1, 2, 3, 4])}, "not 4"),  # one-based
     ({"y": torch.tensor([0, 1, 2, 3, -100])}, "not -100"),
     ({"y": torch.tensor([0, 1])}, r"\(5,\).*\(2,\)"),
@@ -387,9 +389,11 @@ def test_images_that_are_no_pixels_and_negative_eps_raise(call):
     for wrong in (x - 0.5, x + 0.5, 255 * x, x * math.nan):
         with pytest.raises(ValueError, match="pixels in"):
             call(model, wrong, y, eps=0.1)
-    for other in (call, *LOSSES):
-        with pytest.raises(ValueError, match="eps.*-0.1"):
-            other(model, x, y, eps=-0.1)
+    for other, eps in itertools.product((call, *LOSSES), (-0.1, math.nan)):
+        with pytest.raises(ValueError, match=f"eps.*{eps}"):
+            other(model, x, y, eps=eps)
+    with pytest.raises(ValueError, match="eps.*8"):  # 8/255 was meant
+        call(model, x, y, eps=8)
 
 
 @pytest.mark.parametrize("call", [*LOSSES, pgd_attack])
@@ -410,9 +414,11 @@ def test_labels_of_any_integer_type_work(dtype, short_attacks):
 
 def test_wrong_input_of_one_function_raises():
     model, (x, y) = smooth_model(), batch()
-    for loss, sigma in itertools.product(LOSSES, (0, -0.2, [0.2, 0.0, 0.2])):
-        with pytest.raises(ValueError, match="sigma must be positive"):
+    for loss, sigma in itertools.product(LOSSES, (0, -0.2, [0.2, 0.0, 0.2], [0.2, 0.2])):
+        with pytest.raises(ValueError, match="sigma must be positive, one"):
             loss(model, x, y, sigma=sigma)
+    with pytest.raises(ValueError, match="restarts"):
+        evaluate.pgd_accuracy(model, x, y, eps=0.1, restarts=0)
     with pytest.raises(ValueError, match="steps"):
         pgd_attack(model, x, y, steps=-1)
     with pytest.raises(ValueError, match="h must be positive, not -1"):
@@ -753,9 +759,12 @@ def test_init_starts_from_the_weights_of_another_run(folder, tmp_path):
     configs = [train.setting(saved(tmp_path / f"robust-{seed}", "config")) for seed in ("0", "1")]
     assert configs[0] == configs[1] != train.setting(config)
     run("--resume", "--output-dir", tmp_path / "robust-0")  # the parent may be gone by then
-    assert "did not start from --init" in mistake("--resume", "--output-dir", tmp_path / "natural-0", "--init", "x.pt")
-    assert "has seen these images" in mistake(*flags_for(folder, tmp_path / "other"), "--val-images", "12",
-                                              "--init", tmp_path / "natural-0/checkpoint.pt")
+    for name, parent in (("natural-0", "natural-0"), ("robust-0", "robust-0")):
+        assert "did not start from --init" in mistake("--resume", "--output-dir", tmp_path / name, "--init",
+                                                      tmp_path / parent)
+    with pytest.warns(UserWarning, match="have seen these images"):  # of the parent's parent too
+        mistake(*flags_for(folder, tmp_path / "other"), "--val-images", "12", "--batch-size", "99", "--init",
+                tmp_path / "robust-0")
     assert "gelu is not silu" in mistake(*flags_for(folder, tmp_path / "other"), "--activation", "gelu",
                                          "--init", tmp_path / "natural-0/checkpoint.pt")
     assert not (tmp_path / "other").exists()
@@ -937,6 +946,14 @@ def test_the_average_of_a_swin_keeps_its_index_of_positions():
                        model[1].features[1][0].attn.relative_position_index)
 
 
+def test_two_runs_in_one_folder_are_stopped(folder, tmp_path, monkeypatch):
+    evaluation = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *args: (
+        (tmp_path / "checkpoint.pt").write_bytes(b"another run's"), evaluation(*args))[1])
+    assert "another run" in mistake(*flags_for(folder, tmp_path))
+    assert (tmp_path / "checkpoint.pt").read_bytes() == b"another run's"
+
+
 def test_erasing_gives_normal_noise_in_one_rectangle_per_image():
     image, seen, rectangles = torch.full((3, 40, 40), 115, dtype=torch.uint8), [], set()
     for _ in range(300):
@@ -970,6 +987,8 @@ def test_held_out_subset_is_balanced_and_fixed():
     assert (torch.tensor(targets)[subset].bincount(minlength=10) == 5).all() and len(subset.unique()) == 50
     assert torch.equal(subset[:20], train.balanced_subset(targets, 20))
     assert sorted(train.balanced_subset(targets, 5000).tolist()) == list(range(1000))
+    few = torch.arange(1000)[train.balanced_subset(range(1000), 50)]  # of more classes than images: any of them
+    assert len(few.unique()) == 50 and 300 < few.double().mean() < 700
 
 
 def test_shapes_are_drawn_from_the_seed():
@@ -1023,6 +1042,12 @@ def test_validation_images_are_training_files_that_training_never_sees(folder, t
     assert f"| {100 * (model(x).argmax(1) == y).float().mean():.2f} |" in output
 
 
+def test_images_are_normalised_as_the_weights_expect(monkeypatch):
+    monkeypatch.setattr(torchvision.models, "get_model", lambda *args, **kwargs: nn.Identity())
+    for name, mean in ("resnet18", [0.485, 0.456, 0.406]), ("efficientnet_v2_l", [0.5, 0.5, 0.5]):
+        torch.testing.assert_close(train.build_model(name, 3, 10)[0].mean.flatten(), torch.tensor(mean))
+
+
 def test_grey_images_reach_torchvision_models():
     model = train.build_model("resnet18", 1, 10).eval()
     grey = torch.rand(2, 1, 32, 32)
@@ -1063,6 +1088,8 @@ def test_pretrained_head_is_replaced_for_other_classes_alone(monkeypatch, name):
     (["--model", "mobilenet_v2", "--activation", "gelu", "--image-size", "32"], ["mobilenet_v2", "--activation"]),
     (["--model", "resnet18", "--compile"], ["--compile", "--init"]),
     (["--output-dir", "/dev/null/run"], ["/dev/null/run"]),
+    (["--warmup-epochs", "3"], ["--warmup-epochs 3", "--epochs 2"]),
+    (["--dataset", "shapes"], ["--data-dir", "shapes"]),
     (["--pretrained"], ["--pretrained", "--model"]),
     (["--pretrained", "--init", "x.pt"], ["--pretrained", "--init"]),
     (["--init", "/nonexistent/x.pt"], ["no checkpoint at /nonexistent/x.pt"]),
@@ -1101,7 +1128,8 @@ def test_a_run_is_never_overwritten_nor_resumed_by_another(folder, tmp_path, cap
         for name in ("a", "b"):
             (other / part / name).mkdir(parents=True)
             to_pil_image(torch.zeros(3, 20, 20, dtype=torch.uint8)).save(other / part / name / "0.jpg")
-    assert "2 classes, not the 3" in mistake("--output-dir", tmp_path, "--resume", "--data-dir", other)
+    assert "2 classes and 2 training images, those of the checkpoint 3 and 48" in mistake(
+        "--output-dir", tmp_path, "--resume", "--data-dir", other)
     assert all(path.read_bytes() == content for path, content in before.items())
     run("--output-dir", tmp_path, "--resume")
     assert "finished" in capsys.readouterr().out
@@ -1182,7 +1210,7 @@ def test_a_vision_transformer_is_built_again_for_its_image_size(folder, tmp_path
     monkeypatch.setattr(torchvision.models, "get_model", small)
     run(*flags_for(folder, tmp_path / "run"), "--model", "vit_b_16", "--epochs", "1")
     model, config = train.load_checkpoint(tmp_path / "run")
-    assert model(torch.rand(2, 3, 16, 16)).shape == (2, 3) and config["image_size"] == 16
+    assert model(torch.rand(2, 3, 16, 16)).shape == (2, 3) and config["pixels"] == 16
 
 
 def test_an_unreadable_image_is_named(folder, tmp_path, capsys):
@@ -1596,9 +1624,11 @@ def test_signs_of_untrustworthy_robustness_are_told(short_attacks):
         def forward(self, x):
             return model(x) * torch.where(x[:, :1, 0, 0] < x[0, 0, 0, 0], math.nan, 1.0)
 
+    with pytest.warns(UserWarning, match="train mode"):
+        evaluate.pgd_accuracy(model, x, y, eps=0.01)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        evaluate.pgd_accuracy(model, x, y, eps=0.01)
+        evaluate.pgd_accuracy(model.eval(), x, y, eps=0.01)
         evaluate.autoattack(model, x, y, eps=0.01)
     for doubtful, labels, words in (
             (nn.Sequential(model, nn.Dropout()), y, "twice"), (nn.Sequential(model, nn.Softmax(1)), y, "probabilities"),
@@ -1676,6 +1706,10 @@ def test_seeds_of_one_setting_have_a_row_of_mean_and_standard_deviation(checkpoi
     assert [row[0] for row in rows] == [*map(str, paths), f"{checkpoint.parent}/fast-*, 2 seeds"]
     run(checkpoint, shutil.copy(checkpoint, checkpoint.with_name("best.pt")), "--num-images", "12", script=evaluate)
     assert len(capsys.readouterr().out.splitlines()) == 2 + 2  # two checkpoints of one run are not two seeds
+    torch.save(torch.load(paths[0], weights_only=True) | {"epoch": 1}, paths[0])
+    with pytest.warns(UserWarning, match="fast-0.pt: trained for 1 of 3 epochs"):
+        run(*paths[:2], "--num-images", "12", script=evaluate)
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 2  # nor are two lengths
     high, low = (result(checkpoint.parent, f"fast-{seed}-pgd10-12-eps48.json")["clean_accuracy"] for seed in (0, 1))
     assert high > low and rows[3][1] == f"{(high + low) / 2:.2f} ± {(high - low) / 2 ** 0.5:.2f}"
 
@@ -1739,7 +1773,7 @@ def test_square_breaking_what_the_gradient_could_not_is_told(checkpoint, short_a
             return super().forward((x * 8).round() / 8)
 
     model, config = train.load_checkpoint(checkpoint)
-    monkeypatch.setattr(train, "load_checkpoint", lambda path, device: (Steps(model).to(device), config))
+    monkeypatch.setattr(train, "load_checkpoint", lambda path, device: (Steps(model).eval(), config))
     run(checkpoint, "--attack", "autoattack", "--eps", "64/255", "--num-images", "12", script=evaluate)
     written = result(checkpoint.parent, "autoattack-12-eps64.json")["warnings"]
     assert [str(warning.message) for warning in recwarn] == [f"{checkpoint}: {line}" for line in written]
@@ -1752,6 +1786,7 @@ def test_bad_input_of_the_evaluation_ends_in_one_line(checkpoint, folder, tmp_pa
     for name in ("blue", "green", "yellow"):
         (tmp_path / "renamed/val" / name).symlink_to(folder / "val/red")
     rewrite(checkpoint, tmp_path / "other.pt", val_images=12)
+    rewrite(checkpoint, tmp_path / "larger.pt", pixels=32)
     for flags, words in [
         ([tmp_path / "none.pt"], "no checkpoint at"), ([__file__], "not a checkpoint"), ([], "CHECKPOINT"),
         ([checkpoint, "--eps", "2"], "from 0 to 1"), ([checkpoint, "--eps", "4/x"], "4/x"),
@@ -1759,6 +1794,8 @@ def test_bad_input_of_the_evaluation_ends_in_one_line(checkpoint, folder, tmp_pa
         ([checkpoint, "--num-images", "12", "--data-dir", tmp_path / "renamed"], "yellow"),
         ([checkpoint, "--num-images", "12", "--data-dir", "/nonexistent"], "/nonexistent/val"),
         ([checkpoint, tmp_path / "other.pt", "--num-images", "12"], "one by one"),
+        ([checkpoint, tmp_path / "larger.pt", "--num-images", "12"], "pixels 32"),
+        ([checkpoint, checkpoint.parent, "--num-images", "12"], "one name in one folder"),
     ]:
         assert words in mistake(*flags, script=evaluate)
         assert [path.name for path in checkpoint.parent.iterdir()] == ["checkpoint.pt"]
@@ -1852,7 +1889,8 @@ def test_attack_shows_pgd_and_what_the_models_say(runs):
 
 def test_curves_hold_the_numbers_of_the_runs(runs):
     for i, path in enumerate(runs):  # these tiny runs are as good under attack: tell the two curves apart
-        lines = [line | {"pgd10_accuracy": 10 * line["epoch"] + i} for line in metrics(path)]
+        ema = {"ema_gradient_norm": 3.0 + i} if i else {}  # of the weights that count, where there are averages
+        lines = [line | {"pgd10_accuracy": 10 * line["epoch"] + i} | ema for line in metrics(path)]
         (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     loaded = drawable(runs)
     for picture, names in ((visualize.accuracy, ("clean_accuracy", "pgd10_accuracy")),
@@ -1862,7 +1900,8 @@ def test_curves_hold_the_numbers_of_the_runs(runs):
             for name, style in zip(names, ("-", "--")):
                 label = each["label"] if style == "-" else "_"
                 x, y = drawn[label, style, each["colour"]]
-                assert list(x) == [1, 2, 3] and list(y) == [line[name] for line in metrics(path)]
+                expected = [line.get(f"ema_{name}", line[name]) for line in metrics(path)]
+                assert list(x) == [1, 2, 3] and list(y) == expected
     assert len({each["colour"] for each in loaded}) == 3
 
 
@@ -1896,11 +1935,24 @@ def test_each_eps_has_a_result_of_its_own_and_older_names_are_found(runs):
         (path / "pgd10-12-eps8.json").rename(path / "pgd10-12.json")
         (path / "pgd2-12-sweep4.json").rename(path / "pgd2-sweep-12.json")
     check()
+    larger = result(runs[0], "pgd10-12-eps16.json") | {"num_images": 500, "robust_accuracy": [99.0]}
+    (runs[0] / "pgd10-500-eps16.json").write_text(json.dumps(larger))  # which the others lack
     for path in runs:  # AutoAttack counts once all have it
         check()
         written = result(path, "pgd10-12-eps16.json") | {"attack": "autoattack"}
         (path / "autoattack-12-eps16.json").write_text(json.dumps(written))
     assert cost(16)[0] == "AutoAttack accuracy (%), ε = 16/255"
+
+
+def test_results_of_another_checkpoint_are_left_out(runs):
+    shutil.copy(runs[1] / "checkpoint.pt", runs[0] / "best.pt")
+    with pytest.warns(UserWarning, match="left out"):
+        best = visualize.load_run(runs[0] / "best.pt")
+    assert best["results"] == [] and best["method"] == "gradnorm" and best["checkpoint"].name == "best.pt"
+    assert len(visualize.load_run(runs[0])["results"]) == 3
+    (runs[2] / "note-1.json").write_text("[1]")
+    with pytest.raises(train.Mistake, match="not of train.py"):
+        visualize.load_run(runs[2])
 
 
 def test_strips_are_the_kept_gradients(runs):
@@ -1939,8 +1991,10 @@ def test_all_draws_what_it_can_and_says_what_it_cannot(runs, tmp_path, capsys, r
 
 def test_all_draws_the_rest_where_the_data_are_elsewhere(runs, folder, tmp_path, monkeypatch, capsys, recwarn):
     monkeypatch.setattr(visualize, "PICTURES", {"gradients": visualize.gradients, "accuracy": visualize.accuracy})
-    for path in [*runs[0].glob("*.json")]:
-        path.write_text(path.read_text().replace(str(folder), "/nonexistent"))
+    for path in runs:
+        rewrite(path / "checkpoint.pt", data_dir="/nonexistent")
+        for file in path.glob("*.json"):
+            file.unlink()
     run("all", tmp_path / "runs", script=visualize)
     assert "accuracy.png" in capsys.readouterr().out and "--data-dir" in str(recwarn.pop().message)
     run("all", tmp_path / "runs", "--data-dir", folder, script=visualize)
@@ -1961,16 +2015,17 @@ def test_pictures_of_what_is_not_there_end_in_one_line(runs, tmp_path, monkeypat
     (runs[0] / "pgd10-12-eps8.json").unlink()
     for path, bias in (runs[0], [-1000.0, -1000.0, 0.0]), (runs[1], [0.0, 0.0, -1000.0]):
         rewrite(path / "checkpoint.pt", bias=bias)
+    shutil.copytree(runs[2], tmp_path / "more/run")
     strange = tmp_path / "strange"
     shutil.copytree(runs[2], strange)
-    for file in strange.glob("*.json"):
-        file.write_text(file.read_text().replace('"val_images": 0', '"val_images": 12'))
+    rewrite(strange / "checkpoint.pt", val_images=12)
     for flags, words in [
         (["accuracy", tmp_path / "none"], "no checkpoint at"), (["accuracy", tmp_path / "empty"], "no checkpoint at"),
-        (["accuracy", runs[0]], "no metrics.jsonl"), (["epochs", runs[0]], "gradients is empty"),
-        (["cost", runs[0]], "no result at ε = 8/255: python evaluate.py"),
+        (["accuracy", runs[0]], "no metrics.jsonl"), (["epochs", runs[0]], "gradients lacks epochs"),
+        (["cost", runs[0]], "no common result at ε = 8/255: python evaluate.py"),
         (["gradients", *runs], "no image is classified rightly"), (["attack", *runs], "no image is classified rightly"),
-        (["gradients", runs[2], strange], "different data"), (["attack", runs[2], strange], "different data"),
+        (["gradients", runs[2], strange], "one by one"), (["attack", runs[2], strange], "one by one"),
+        (["all", tmp_path / "runs", tmp_path / "more", "--output", tmp_path], "2 folders"),
         (["portrait", runs[0]], "portrait"), (["all", tmp_path / "empty"], "no runs in"),
         (["gradients", runs[1], "--output", "/dev/null/x.png"], "/dev/null"),
     ]:

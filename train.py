@@ -105,13 +105,15 @@ def train(args, checkpoint, device):
         if ema:
             ema.load_state_dict(checkpoint["ema"])
         first_epoch, metrics = checkpoint["epoch"], checkpoint["metrics"]
-    check_epoch(first_epoch)
+    if mean_over_ranks(torch.tensor([float(first_epoch)], device=device)) != [first_epoch]:
+        raise Mistake("the processes found different checkpoints: put --output-dir on a file system of them all")
     config = vars(args) | {"classes": train_set.classes, "channels": len(model[0].mean),
-                           "image_size": eval_images.shape[-1], "world_size": WORLD_SIZE}
+                           "pixels": eval_images.shape[-1], "images": len(train_set), "world_size": WORLD_SIZE}
     del config["init"]  # a path; `parent` has the settings of the run that it names, or None
     output_dir = Path(args.output_dir)
     if RANK == 0:
         (output_dir / "gradients").mkdir(parents=True, exist_ok=True)
+        (output_dir / "metrics.jsonl").touch()  # to be unable to must not cost an epoch
         print(f"{args.method} training of {args.model} on {args.dataset}: {len(train_set)} images, "
               f"{len(train_set.classes)} classes, {WORLD_SIZE} process(es) on {device.type}; {output_dir} "
               + (f"from epoch {first_epoch + 1} to {args.epochs}" if first_epoch < args.epochs else "is finished"),
@@ -165,6 +167,8 @@ def train(args, checkpoint, device):
             averaged = evaluate(ema.module, eval_images, eval_labels, args.eps, args.batch_size, device)
             metrics[-1] |= {f"ema_{name}": value for name, value in averaged.items()}
         if RANK == 0:  # the checkpoint last: after a kill before it, the epoch is repeated and all is written anew
+            if epoch == 0 and (output_dir / "checkpoint.pt").exists():
+                raise Mistake(f"another run has begun to write into {output_dir}: choose another --output-dir")
             save_gradients(output_dir / f"gradients/{epoch + 1:04d}.pt", (ema.module if ema else model).eval(),
                            eval_images[:4], eval_labels[:4], device)
             with replace(output_dir / "metrics.jsonl") as file:
@@ -241,12 +245,17 @@ def evaluate(model, images, labels, eps, batch_size, device):
         gradient_norm = input_gradient(model, x, y).abs().sum()
         adversarial = pgd_attack(model, x, y, eps=eps, steps=10)
         with torch.no_grad():
-            clean = model(x).argmax(1) == y
-            robust = clean & (model(adversarial).argmax(1) == y)
+            clean = ~misclassified(model(x), y)
+            robust = clean & ~misclassified(model(adversarial), y)
         sums += torch.stack([clean.sum(), robust.sum(), gradient_norm, torch.tensor(len(x), device=device)])
     clean, robust, gradient_norm, count = mean_over_ranks(sums)
     return {"clean_accuracy": 100 * clean / count, "pgd10_accuracy": 100 * robust / count,
             "gradient_norm": gradient_norm / count}
+
+
+def misclassified(logits, y):
+    """The verdict, (N,), here and in evaluate.py: by argmax, which gives a tie to the lowest class; nan is wrong."""
+    return (logits.argmax(1) != y) | logits.isnan().any(1)
 
 
 def mean_over_ranks(values):
@@ -277,9 +286,10 @@ def load_data_and_model(args, checkpoint):
         if test_set.classes != classes:
             raise Mistake("train/ and val/ must have the same classes: "
                           f"{sorted({*classes} ^ {*test_set.classes})[:5]} are in one alone")
-        if checkpoint and checkpoint["config"]["classes"] != classes:
-            raise Mistake(f"the data have {len(classes)} classes, not the {len(checkpoint['config']['classes'])} of "
-                          "the checkpoint: resume with the same --data-dir")
+        config = checkpoint["config"] if checkpoint else {"classes": classes, "images": len(train_set)}
+        if (config["classes"], config["images"]) != (classes, len(train_set)):
+            raise Mistake(f"the data have {len(classes)} classes and {len(train_set)} training images, those of the "
+                          f"checkpoint {len(config['classes'])} and {config['images']}: resume with the same data")
         if args.batch_size * WORLD_SIZE > len(train_set):
             raise Mistake(f"--batch-size {args.batch_size} x {WORLD_SIZE} process(es) is more than the "
                           f"{len(train_set)} training images: lower it")
@@ -348,6 +358,26 @@ def load_dataset(args, train):
     return dataset
 
 
+def check_same_data(configs, data_dir=None):
+    """Raises Mistake if runs, {path: configuration}, were not trained on the same data."""
+    (first, config), *others = configs.items()
+    folder = ("data_dir",) if config["dataset"] == "imagefolder" and not data_dir else ()
+    for path, other in others:
+        for name in ("dataset", "classes", "val_images", "pixels", *folder):
+            if other.get(name) != config.get(name):
+                raise Mistake(f"{path} was trained with the {name} {other.get(name)}, {first} with {config.get(name)}: "
+                              "take them one by one")
+
+
+def load_test_set(config, data_dir=None):
+    """What a run with this configuration is evaluated on."""
+    test_set = load_dataset(argparse.Namespace(**config | {"data_dir": data_dir or config["data_dir"]}), train=False)
+    if test_set.classes != config["classes"]:
+        raise Mistake(f"the data have the classes {test_set.classes}, the model has {config['classes']}: choose other "
+                      "data with --data-dir")
+    return test_set
+
+
 def load_part(args, train_part, augment):
     """The training or the test part of --dataset."""
     if args.dataset == "imagefolder":
@@ -372,10 +402,7 @@ def load_part(args, train_part, augment):
 
 def load_image_folder(args, train_part, augment):
     """--data-dir/train or val, one folder of image files per class, as ImageNet has it."""
-    if not args.data_dir:
-        raise Mistake("--dataset imagefolder needs --data-dir, which holds train/ and val/, each with a folder per "
-                      "class")
-    folder, size = Path(args.data_dir) / ("train" if train_part else "val"), args.image_size
+    folder, size = Path(args.data_dir or "data") / ("train" if train_part else "val"), args.image_size
     transform = train_transform(args, size, v2.RandomResizedCrop(size)) if augment else None
     transform = transform or v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)])
     try:
@@ -428,12 +455,12 @@ def mixup_or_cutmix(classes, smoothing=0.1):
 
 
 def balanced_subset(targets, n):
-    """Indices of n images in a fixed, shuffled order in which the classes take turns."""
+    """Indices of n images in a fixed, shuffled order in which the classes take turns, each time in another order."""
     targets = torch.as_tensor(targets)
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
-    by_class = order[targets[order].argsort(stable=True)]
-    turn = torch.cat([torch.arange(count) for count in targets.bincount().tolist()])
-    return by_class[turn.argsort(stable=True)][:n]
+    turn = torch.empty_like(order)
+    turn[targets[order].argsort(stable=True)] = torch.cat([torch.arange(count) for count in targets.bincount()])
+    return order[turn.argsort(stable=True)][:n]
 
 
 def draw_shapes(n, seed, size=32):
@@ -514,7 +541,7 @@ ACTIVATIONS = {"gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU}
 
 def build_model(name, channels, classes, activation=None, pretrained=False, image_size=224):
     """A model from pixels (N, `channels`, H, W) to logits (N, `classes`): ConvNet, or torchvision's of that name with
-    ImageNet's normalisation. `activation` replaces every ReLU, GELU and SiLU module. `image_size` matters to ViTs."""
+    the normalisation of its weights. `activation` replaces every ReLU, GELU and SiLU module; ViTs need `image_size`."""
     if name == "convnet":
         model = nn.Sequential(Normalize([0.5] * channels, [0.25] * channels), ConvNet(channels, classes))
     else:
@@ -524,7 +551,8 @@ def build_model(name, channels, classes, activation=None, pretrained=False, imag
                        else torchvision.models.get_model(name, num_classes=classes, **size))
         except (OSError, AssertionError) as error:  # no download; an image size that is no multiple of the patches'
             raise Mistake(f"cannot build {name} for {image_size} pixels ({error})") from None
-        model = nn.Sequential(Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), network)
+        preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+        model = nn.Sequential(Normalize(preset.mean, preset.std), network)
         if pretrained and classes != 1000:
             replace_head(model, classes)
     for module in list(model.modules()):
@@ -569,17 +597,7 @@ def check_model(model, args, image):
 # Checkpoints
 
 
-def check_epoch(epoch):
-    """Stop where the machines of a resumed run see different checkpoints."""
-    if WORLD_SIZE > 1:
-        epochs = [None] * WORLD_SIZE
-        dist.all_gather_object(epochs, epoch)
-        if len(set(epochs)) > 1:
-            raise Mistake(f"the processes found checkpoints of epochs {epochs}: put --output-dir on a file system of "
-                          "them all")
-
-
-# Flags that say where a run is made, not what it learns.
+# Flags that say where a run is made, not what it learns (but for the noise of augmentation, which is the workers').
 PLACE = {"output_dir", "resume", "data_dir", "workers"}
 
 
@@ -589,12 +607,13 @@ def setting(config):
 
 
 def load_checkpoint(path, device="cpu"):
-    """The model of a checkpoint, in eval mode, and its configuration, a dict of train.py's flags, `classes` (names) and
-    `channels`. The averaged weights if it was trained with --ema-decay. Raises ValueError on any other file."""
+    """The model of a checkpoint, in eval mode, and its configuration, a dict of train.py's flags, `classes` (names),
+    `channels`, `pixels` (the side of its images) and `epoch`, the last one trained. The averaged weights if it was
+    trained with --ema-decay. Raises ValueError on any other file."""
     checkpoint = read_checkpoint(path)
-    config = checkpoint["config"]
+    config = checkpoint["config"] | {"epoch": checkpoint["epoch"]}
     model = build_model(config["model"], config["channels"], len(config["classes"]), config["activation"],
-                        image_size=config["image_size"])
+                        image_size=config["pixels"])
     if checkpoint["ema"]:
         averaged = AveragedModel(model, use_buffers=True)
         averaged.load_state_dict(checkpoint["ema"])
@@ -614,7 +633,7 @@ def read_checkpoint(path):
     path = checkpoint_path(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # never unpickles code
-        checkpoint["config"]["classes"], checkpoint["model"], checkpoint["epoch"]  # LookupError in another file
+        checkpoint["config"]["pixels"], checkpoint["model"], checkpoint["epoch"]  # LookupError in another file
     except FileNotFoundError:
         raise Mistake(f"no checkpoint at {path}") from None
     except (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError,
@@ -710,7 +729,7 @@ def make_parser():
     optim.add_argument("--warmup-epochs", default=2, type=weight,
                        help="rise of the learning rate, the gradient norm's weight and the training attack's step size")
     optim.add_argument("--weight-decay", default=0.05, type=weight, help="not on norms and biases")
-    optim.add_argument("--ema-decay", default=0.0, type=unit,
+    optim.add_argument("--ema-decay", default=0.0, type=in_range(float, 0, 0.99999),
                        help="keep, evaluate and save an average of the weights; the paper's is 0.9998; 0 keeps none")
 
     run = parser.add_argument_group("running")
@@ -723,7 +742,8 @@ def make_parser():
     run.add_argument("--workers", default=min(8, os.cpu_count()), type=whole,
                      help="imagefolder and strong augmentation: loading processes per training process")
     run.add_argument("--eval-images", default=250, type=count, help="held-out images to evaluate on after each epoch")
-    run.add_argument("--seed", default=0, type=whole, help="of the weights, the order of images and all noise")
+    run.add_argument("--seed", default=0, type=in_range(int, 0, 2**32 - 1),
+                     help="of the weights, the order of images and all noise")
     return parser
 
 
@@ -740,7 +760,7 @@ def parse_args():
         parent, world_size = config["parent"], config["world_size"]
         names = vars(args).keys() - {"resume", "output_dir"}
         args = parse_again(parser, {name: config[name] for name in names & config.keys()}, path)
-        if args.init and not parent:
+        if args.init and setting(read_checkpoint(args.init)["config"]) != parent:
             raise Mistake(f"{path} did not start from --init {args.init}: choose another --output-dir")
         if world_size != WORLD_SIZE:
             raise Mistake(f"{path} was trained by {world_size} processes: resume it with as many, not {WORLD_SIZE}")
@@ -748,11 +768,15 @@ def parse_args():
         config = read_checkpoint(args.init)["config"]
         parent = setting(config)
         args = parse_again(parser, {"model": config["model"], "activation": config["activation"]}, args.init)
-        if args.val_images and args.dataset == config["dataset"] and args.val_images != config["val_images"]:
-            raise Mistake(f"--val-images {args.val_images}: {args.init}, trained with {config['val_images']}, has seen "
-                          "these images")
-    if args.eval_images < WORLD_SIZE:
-        raise Mistake(f"--eval-images {args.eval_images}: {WORLD_SIZE} processes need an image each")
+        while args.val_images and config:
+            if args.dataset == config["dataset"] and args.val_images != config["val_images"]:
+                warnings.warn(f"--val-images {args.val_images}: {args.init}, trained with {config['val_images']}, may "
+                              "have seen these images")
+            config = config["parent"]
+    if args.warmup_epochs > args.epochs:
+        raise Mistake(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}: lower it")
+    if args.data_dir and args.dataset == "shapes":
+        raise Mistake(f"--data-dir {args.data_dir}: --dataset shapes reads none; choose another --dataset")
     if args.pretrained and args.model == "convnet":
         raise Mistake("--pretrained: convnet has no ImageNet weights; choose another --model")
     args.parent = parent
@@ -804,6 +828,8 @@ def run_script(main, when_interrupted):
     machine, and Ctrl-C in another."""
     name = Path(sys.argv[0]).name
     warnings.formatwarning = lambda message, *_: f"{name}: warning: {message}\n"
+    for stream in (sys.stdout, sys.stderr):  # which may have no ε
+        stream.reconfigure(errors="replace")
     try:
         main()
     except (Mistake, OSError, torch.OutOfMemoryError) as error:

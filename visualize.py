@@ -12,6 +12,7 @@ A picture goes where --output says, else into the folder that holds the first ru
 """
 
 import argparse
+import hashlib
 import json
 import os
 import warnings
@@ -68,11 +69,8 @@ def models_and_images(runs, count):
     """The models of the runs; `count` held-out images (N, C, H, W) that all of them classify rightly, the classes in
     turn; their labels (N,), and the names of these."""
     config = runs[0]["config"]
-    for run in runs:
-        if any(run["config"][name] != config[name] for name in ("dataset", "classes", "val_images")):
-            raise Mistake(f"{run['path']} and {runs[0]['path']} were trained on different data")
-    models = [train.load_checkpoint(run["path"] / "checkpoint.pt")[0] for run in runs]
-    test_set = train.load_dataset(argparse.Namespace(**config), train=False)
+    models = [train.load_checkpoint(run["checkpoint"])[0] for run in runs]
+    test_set = train.load_test_set(config)
     images, labels = train.held_out(test_set, min(200, len(test_set)))
     x = images.float() / 255
     with torch.no_grad():
@@ -107,9 +105,9 @@ def epochs(runs, columns=10):
     plt = matplotlib()
     strips = []
     for run in runs:
-        files = sorted((run["path"] / "gradients").glob("*.pt"))
-        if not files:
-            raise Mistake(f"{run['path']}/gradients is empty: train.py writes a file into it after each epoch")
+        files = [run["path"] / f"gradients/{line['epoch']:04d}.pt" for line in run["metrics"]]
+        if not files or not all(file.exists() for file in files):
+            raise Mistake(f"{run['path']}/gradients lacks epochs: train.py writes a file into it after each")
         files = [files[round(i)] for i in torch.linspace(0, len(files) - 1, min(columns, len(files))).tolist()]
         kept = [torch.load(file, weights_only=True) for file in files]
         tiles = [kept[0]["images"][:2] / 255, *(gradient_tiles(each["gradients"].float()[:2]) for each in kept)]
@@ -157,17 +155,15 @@ def accuracy(runs):
 def sweep(runs):
     """Accuracy under attack against ε, from the results of evaluate.py --sweep; the training ε is marked."""
     figure, ax = curves()
-    attacks = set()
-    for run in runs:
-        result = best_result(run, "*-sweep*.json")
-        if result is None:
-            raise Mistake(f"{run['path']} has no sweep: python evaluate.py {run['path']}/checkpoint.pt --sweep 32 "
-                             "--steps 100")
+    swept = results(runs, "*-sweep*.json")
+    if not swept:
+        raise Mistake("the runs have no common sweep: python evaluate.py "
+                      f"{' '.join(str(run['checkpoint']) for run in runs)} --sweep 32 --steps 100")
+    for run, result in zip(runs, swept):
         plot(ax, run, [255 * eps for eps in result["radii"]], result["robust_accuracy"])
-        attacks.add(attack_name(result))
     for i, eps in enumerate(sorted({run["config"]["eps"] for run in runs})):
         ax.axvline(255 * eps, color="0.4", linewidth=1.5, linestyle=":", label="_" if i else "training ε")
-    ax.set(xlabel="ε (1/255)", ylabel=f"{' and '.join(sorted(attacks))} accuracy (%)", ylim=(-2, 102))
+    ax.set(xlabel="ε (1/255)", ylabel=f"{attack_name(swept[0])} accuracy (%)", ylim=(-2, 102))
     figure.legend(loc="outside right upper")
     return figure
 
@@ -219,29 +215,29 @@ def column(run, name):
     """Epochs, and the values of that name in metrics.jsonl."""
     if not run["metrics"]:
         raise Mistake(f"{run['path']} has no metrics.jsonl: train.py writes it after each epoch")
-    return [line["epoch"] for line in run["metrics"]], [line[name] for line in run["metrics"]]
+    return ([line["epoch"] for line in run["metrics"]],
+            [line.get(f"ema_{name}", line[name]) for line in run["metrics"]])  # of the model that the checkpoint gives
 
 
-def best_result(run, pattern, eps=None):
-    """Of the results whose file fits the pattern and that have ε, the one of most images and steps, or None."""
-    return max((result for result in run["results"]
-                if fnmatch(result["file"], pattern) and (eps is None or eps in result["radii"])),
-               key=lambda result: (result["num_images"], result["steps"]), default=None)
+def results(runs, pattern, eps=None):
+    """Of the results whose files fit the pattern, that have ε, and that all runs have under the same name, which says
+    the attack and the images: those of most images and steps, one per run, or None."""
+    common = [{result["file"]: result for result in run["results"] if fnmatch(result["file"], pattern)
+               and (eps is None or eps in result["radii"])} for run in runs]
+    names = set.intersection(*map(set, common))
+    best = max(names, key=lambda name: (common[0][name]["num_images"], common[0][name]["steps"], name), default=None)
+    return best and [each[best] for each in common]
 
 
 def robust_accuracies(runs):
     """The attack's name, and the robust accuracy of each run at the training ε of the first: AutoAttack's where all
     runs have it, else PGD's."""
     eps = runs[0]["config"]["eps"]
-    results = [best_result(run, "autoattack-*.json", eps) for run in runs]
-    if None in results:
-        results = [best_result(run, "pgd*.json", eps) for run in runs]
-    for run, result in zip(runs, results):
-        if result is None:
-            raise Mistake(f"{run['path']} has no result at ε = {fraction(runs[0])}: python evaluate.py "
-                          f"{run['path']}/checkpoint.pt --eps {fraction(runs[0])}")
-    return (" and ".join(sorted(set(map(attack_name, results)))),
-            [result["robust_accuracy"][result["radii"].index(eps)] for result in results])
+    best = results(runs, "autoattack-*.json", eps) or results(runs, "pgd*.json", eps)
+    if not best:
+        raise Mistake(f"the runs have no common result at ε = {fraction(runs[0])}: python evaluate.py "
+                      f"{' '.join(str(run['checkpoint']) for run in runs)} --eps {fraction(runs[0])}")
+    return attack_name(best[0]), [result["robust_accuracy"][result["radii"].index(eps)] for result in best]
 
 
 def attack_name(result):
@@ -253,22 +249,33 @@ def fraction(run):
 
 
 def load_run(path, data_dir=None):
-    """A run's folder: its configuration, its metrics (one dict per epoch), its results of evaluate.py, how it is drawn.
-    Only without results is the checkpoint read: they are enough for the curves, where they are kept alone."""
-    path = path.parent if path.is_file() else path
+    """A run's folder, or a checkpoint in it: its configuration, its metrics (one dict per epoch), its results of
+    evaluate.py, how it is drawn. The results alone are enough for the curves, where the checkpoint is not kept."""
+    checkpoint = train.checkpoint_path(path)
+    path = checkpoint.parent
     file = path / "metrics.jsonl"
-    metrics = [json.loads(line) for line in file.read_bytes().splitlines()] if file.exists() else []
-    results = [json.loads(file.read_bytes()) | {"file": file.name} for file in sorted(path.glob("*.json"))]
-    config = results[0]["config"] if results else train.read_checkpoint(path / "checkpoint.pt")["config"]
+    try:
+        metrics = [json.loads(line) for line in file.read_bytes().splitlines()] if file.exists() else []
+        results = [json.loads(file.read_bytes()) | {"file": file.name} for file in sorted(path.glob("*-*.json"))]
+        config = results[0]["config"] if results and not checkpoint.exists() else None
+    except (ValueError, LookupError, TypeError) as error:
+        raise Mistake(f"a file in {path} is not of train.py or evaluate.py ({error}): move it away") from None
+    if not config:
+        config = train.read_checkpoint(checkpoint)["config"]
+        sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+        for result in [result for result in results if result.get("sha256", sha256) != sha256]:
+            warnings.warn(f"{path / result['file']} is left out: it is of another checkpoint than {checkpoint}")
+            results.remove(result)
     config["data_dir"] = data_dir or config["data_dir"]
     method = config["method"]
-    return {"path": path, "config": config, "metrics": metrics, "results": results, "method": method,
-            "colour": COLOURS[method], "label": NAMES[method], "marker": "o"}
+    return {"path": path, "checkpoint": checkpoint, "config": config, "metrics": metrics, "results": results,
+            "method": method, "colour": COLOURS[method], "label": NAMES[method], "marker": "o"}
 
 
 def told_apart(runs):
-    """Runs of one method get markers and the names of their folders, with those of the folders above where these are
-    the same."""
+    """Checks that the runs are of the same data. Those of one method get markers and the names of their folders, with
+    those of the folders above where these are the same."""
+    train.check_same_data({run["path"]: run["config"] for run in runs})
     names = [run["path"].resolve().name for run in runs]
     for method in COLOURS:
         same = [run for run in runs if run["method"] == method]
@@ -318,13 +325,15 @@ def draw_all(args):
             warnings.warn(f"left out: {error}")
     if not folders:
         raise Mistake(f"no runs in {', '.join(map(str, args.runs))}: train.py makes them")
+    if args.output and len(folders) > 1:
+        raise Mistake(f"--output {args.output} would get the pictures of {len(folders)} folders: draw one at a time")
     for folder, runs in folders.items():
-        runs = told_apart(sorted(runs, key=lambda run: list(COLOURS).index(run["method"])))
+        runs = sorted(runs, key=lambda run: list(COLOURS).index(run["method"]))
         output = args.output or folder
         output.mkdir(parents=True, exist_ok=True)
         for name, draw in PICTURES.items():
             try:
-                save(draw(runs), output / f"{name}.png")
+                save(draw(told_apart(runs)), output / f"{name}.png")
             except Mistake as error:
                 warnings.warn(f"no {output / name}.png: {error}")
 
