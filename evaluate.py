@@ -439,7 +439,10 @@ def evaluate_checkpoint(path, model, config, sha256, x, y, args):
     if RANK == 0 and path_of_progress.exists():
         saved = json.loads(path_of_progress.read_bytes())
         progress = saved if saved["settings"] == settings else progress
-    progress = broadcast(progress)
+    shared = [progress]
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(shared)
+    progress = shared[0]
     state["radius"] = torch.tensor(progress["radius"], dtype=torch.double, device=x.device)
 
     turns = {"clean": [], "pgd": pgd_turns(args.radii, args.restarts),
@@ -487,14 +490,6 @@ def load_models_and_images(args, device):
         warnings.warn(f"on the training images that --val-images {config['val_images']} held out, not on test images")
     images, labels = train.held_out(test_set, args.num_images)
     return models, images.to(device).float() / 255, labels.to(device)
-
-
-def broadcast(value):
-    """Rank 0's, on every rank."""
-    values = [value]
-    if WORLD_SIZE > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
 
 
 def result_path(path, args):

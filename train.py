@@ -96,6 +96,7 @@ def train(args, checkpoint, device):
     ema = None
     if args.ema_decay:
         ema = AveragedModel(model, multi_avg_fn=moving_average(args.ema_decay), use_buffers=True)
+    kept = ema.module if ema else model  # what load_checkpoint will give
 
     first_epoch, metrics = 0, []
     if checkpoint:
@@ -158,19 +159,15 @@ def train(args, checkpoint, device):
         seconds = time.perf_counter() - start
 
         if WORLD_SIZE > 1:  # each rank's BatchNorm has seen its own images: evaluate what rank 0 will save
-            for buffer in [*model.buffers(), *(ema.module.buffers() if ema else [])]:
+            for buffer in [*model.buffers(), *kept.buffers()]:
                 dist.broadcast(buffer, 0)
         loss, = mean_over_ranks(torch.stack(losses).nanmean()[None])
         metrics.append({"epoch": epoch + 1, "loss": loss, "lr": lr, "seconds": seconds,
-                        **evaluate(model, eval_images, eval_labels, args.eps, args.batch_size, device)})
-        if ema:
-            averaged = evaluate(ema.module, eval_images, eval_labels, args.eps, args.batch_size, device)
-            metrics[-1] |= {f"ema_{name}": value for name, value in averaged.items()}
+                        **evaluate(kept, eval_images, eval_labels, args.eps, args.batch_size, device)})
         if RANK == 0:  # the checkpoint last: after a kill before it, the epoch is repeated and all is written anew
             if epoch == 0 and (output_dir / "checkpoint.pt").exists():
                 raise Mistake(f"another run has begun to write into {output_dir}: choose another --output-dir")
-            save_gradients(output_dir / f"gradients/{epoch + 1:04d}.pt", (ema.module if ema else model).eval(),
-                           eval_images[:4], eval_labels[:4], device)
+            save_gradients(output_dir / f"gradients/{epoch + 1:04d}.pt", kept, eval_images[:4], eval_labels[:4], device)
             with replace(output_dir / "metrics.jsonl") as file:
                 file.writelines(json.dumps(line).encode() + b"\n" for line in metrics)
             with replace(output_dir / "checkpoint.pt") as file:
@@ -730,7 +727,7 @@ def make_parser():
                        help="rise of the learning rate, the gradient norm's weight and the training attack's step size")
     optim.add_argument("--weight-decay", default=0.05, type=weight, help="not on norms and biases")
     optim.add_argument("--ema-decay", default=0.0, type=in_range(float, 0, 0.99999),
-                       help="keep, evaluate and save an average of the weights; the paper's is 0.9998; 0 keeps none")
+                       help="evaluate and save an average of the weights; the paper's is 0.9998; 0 keeps none")
 
     run = parser.add_argument_group("running")
     run.add_argument("--output-dir", type=os.path.expanduser,

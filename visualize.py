@@ -215,8 +215,7 @@ def column(run, name):
     """Epochs, and the values of that name in metrics.jsonl."""
     if not run["metrics"]:
         raise Mistake(f"{run['path']} has no metrics.jsonl: train.py writes it after each epoch")
-    return ([line["epoch"] for line in run["metrics"]],
-            [line.get(f"ema_{name}", line[name]) for line in run["metrics"]])  # of the model that the checkpoint gives
+    return [line["epoch"] for line in run["metrics"]], [line[name] for line in run["metrics"]]
 
 
 def results(runs, pattern, eps=None):
