@@ -159,11 +159,11 @@ def project(x, normal, height):
     room = torch.where(direction > 0, 1 - x, x).flatten(1)
     weight, height = normal.abs().flatten(1), height.abs()[:, None]
     size = torch.zeros_like(height)
-    for _ in range(100):
+    for step in range(100):
         slope = (weight * (room > size)).sum(1, keepdim=True)
         rest = height - (weight * torch.minimum(room, size)).sum(1, keepdim=True)
         larger = size + torch.where(slope > 0, rest / slope, 0).clamp(min=0)
-        if (larger == size).all():
+        if step % 5 == 4 and (larger == size).all():  # to ask makes a GPU wait
             break
         size = larger
     return direction * torch.minimum(room, size).view_as(x)
@@ -204,7 +204,7 @@ def square(model, x, y, *, eps, seeds, queries=5000, p=0.8, batch_size=256):
             proposal = s.x[rows]
             proposal[window[0][:len(rows)], channel, window[2][rows], window[3][rows]] = new[rows]
             proposed = margin(predict(model, proposal, batch_size), s.y[rows])
-            lower = proposed < s.margin[rows]
+            lower = (proposed < s.margin[rows]).nonzero()[:, 0]
             rows = rows[lower]
             s.x[rows], s.margin[rows] = proposal[lower], proposed[lower]
     return found
@@ -277,22 +277,25 @@ ATTACKS = {"PGD": pgd, "APGD-CE": apgd, "APGD-T": apgd, "FAB-T": fab, "Square": 
 def autoattack(model, x, y, *, eps, batch_size=256):
     """Standard AutoAttack. Returns images (N, C, H, W), in at least float32: misclassified ones within ε of `x`; `x`
     where it found none. Warns of signs that they are not to be trusted; raises ValueError where the input is wrong."""
-    model, x, y, state = initial_state(model, x, y, [eps], batch_size)
+    model, x, y = prepared(model, x, y, eps)
+    state = initial_state(model, x, y, batch_size)
     warn(doubts(model, x, y, state, "autoattack", batch_size))
-    broken = 0.0
+    images, broken = x.clone(), 0.0
     for turn in standard_turns([eps], state):
         before = accuracy(state, eps)
-        run_attack(turn, model, x, y, state, batch_size=batch_size)
+        for rows, found in run_attack(turn, model, x, y, state, batch_size=batch_size):
+            images[rows] = found
         broken = before - accuracy(state, eps)
     warn(doubt_of_square(broken))  # whose turn is the last
-    return pick(state["radius"] <= eps, state["images"], x)
+    return pick(state["radius"] <= eps, images, x)
 
 
 def pgd_accuracy(model, x, y, *, eps, steps=10, restarts=1, batch_size=256):
     """Accuracy (%) under PGD with that many random starts. Warns and raises as `autoattack` does."""
     if restarts < 1:
         raise ValueError(f"restarts must be at least 1, not {restarts}")
-    model, x, y, state = initial_state(model, x, y, [eps], batch_size)
+    model, x, y = prepared(model, x, y, eps)
+    state = initial_state(model, x, y, batch_size)
     warn(doubts(model, x, y, state, "pgd", batch_size))
     for turn in pgd_turns([eps], restarts):
         run_attack(turn, model, x, y, state, steps=steps, batch_size=batch_size)
@@ -316,55 +319,62 @@ def pgd_turns(radii, restarts):
     return [("PGD", eps, i) for eps in sorted({eps for eps in radii if eps > 0}) for i in range(restarts)]
 
 
-def initial_state(model, x, y, radii, batch_size=256):
-    """Checks the input. Returns the model, as a function of images in at least float32; these images; their classes;
-    and the state before the first attack:
+def prepared(model, x, y, eps):
+    """Checks what a user's code gives. Returns the model as a function of images in at least float32, since the walls
+    of the ball would be rounded in bfloat16; these images; and their classes."""
+    check_images(x, eps, pixels=True)
+    if y.is_floating_point():
+        raise ValueError("y must hold class indices, not probabilities")
+    if model.training:
+        warn(["the model is in train mode, with its dropout and BatchNorm: call model.eval() first"])
+    dtype = x.dtype
+    return lambda images: model(images.to(dtype)), at_least_float32(x.detach()), y.long()
+
+
+def initial_state(model, x, y, batch_size=256):
+    """The state of an evaluation before its first attack. The images may be bytes: they become pixels batch by batch.
 
         radius   (N,) float64: ‖adversarial - x‖∞ of the closest proved adversarial image; 0 where `x` itself is
                  misclassified, inf where none is known
-        images   (N, C, H, W): those images that this process found, and `x` elsewhere
         logits   (N, classes) of `x`
         targets  (N, up to 9): the likeliest classes but the first
-        training whether the model is in train mode
     """
-    for eps in radii or [0]:
-        check_images(x, eps, pixels=True)
-    network, dtype = model, x.dtype
-
-    def model(images):
-        return network(images.to(dtype))
-
-    x = at_least_float32(x.detach())  # the walls of the ball would be rounded in bfloat16
-    logits = predict(model, x, batch_size)
-    if y.is_floating_point():
-        raise ValueError("y must hold class indices, not probabilities")
+    logits = torch.cat([predict(model, pixels(part, y.device), batch_size) for part in x.split(batch_size)])
     check_targets(logits, y)
-    y = y.long()
     others = logits.scatter(1, logits.argmax(1, keepdim=True), -math.inf).argsort(dim=1, descending=True)
-    radius = torch.where(misclassified(logits, y), 0.0, math.inf).double()
-    return model, x, y, {"radius": radius, "images": x.clone(), "logits": logits, "training": network.training,
-                         "targets": others[:, :min(9, logits.shape[1] - 1)]}
+    return {"radius": torch.where(misclassified(logits, y), 0.0, math.inf).double(), "logits": logits,
+            "targets": others[:, :min(9, logits.shape[1] - 1)]}
+
+
+def pixels(x, device):
+    """Images of bytes become pixels in [0, 1] on the device; others are that already."""
+    return x.to(device).float() / 255 if x.dtype == torch.uint8 else x
 
 
 def run_attack(turn, model, x, y, state, *, steps=10, batch_size=256, rank=0, world_size=1):
-    """One turn, on this rank's share of the images that stand at its ε. Updates the state."""
+    """One turn, on this rank's share of the images that stand at its ε. Updates the state, and returns what this rank
+    found closer than before, as pairs of rows and images."""
     name, eps, number = turn
     rows = (state["radius"] > eps).nonzero()[rank::world_size, 0]
+    closer = []
     for some in rows.split(8 * batch_size) if len(rows) else []:  # bounds the memory
         arguments = {"steps": steps} if name == "PGD" else {}
         if name != "FAB-T":  # which draws nothing
             arguments["seeds"] = F.pad(some[:, None], (0, 1), value=number)
         if name.endswith("-T"):
             arguments["target"] = state["targets"][some, number]
-        found = ATTACKS[name](model, x[some], y[some], eps=eps, batch_size=batch_size, **arguments)
-        radius = proved_radius(model, x[some], y[some], found, batch_size)
-        state["images"][some] = pick(radius < state["radius"][some], found, state["images"][some])
-        state["radius"][some] = torch.minimum(radius, state["radius"][some])
+        images, labels = pixels(x[some.to(x.device)], y.device), y[some]
+        found = ATTACKS[name](model, images, labels, eps=eps, batch_size=batch_size, **arguments)
+        radius = proved_radius(model, images, labels, found, batch_size)
+        fell = radius < state["radius"][some]
+        closer.append((some[fell], found[fell]))
+        state["radius"][some[fell]] = radius[fell]
     if world_size > 1:
-        parts = [None] * world_size
-        dist.all_gather_object(parts, (rows.cpu(), state["radius"][rows].cpu()))
-        for rows, radius in parts:
-            state["radius"][rows.to(x.device)] = radius.to(x.device)
+        parts, fell = [None] * world_size, torch.cat([rows[:0], *(some for some, _ in closer)])
+        dist.all_gather_object(parts, (fell.cpu(), state["radius"][fell].cpu()))
+        for fell, radius in parts:
+            state["radius"][fell.to(y.device)] = radius.to(y.device)
+    return closer
 
 
 def proved_radius(model, x, y, images, batch_size=256):
@@ -378,9 +388,7 @@ def doubts(model, x, y, state, attack, batch_size=256):
     """A line for each sign that robust accuracy cannot be trusted (Athalye et al., "Obfuscated gradients give a false
     sense of security", ICML 2018), or that an attack is less than the published one."""
     lines, logits = [], state["logits"]
-    if state["training"]:
-        lines.append("the model is in train mode, with its dropout and BatchNorm: call model.eval() first")
-    again = predict(model, x[:batch_size], batch_size)
+    again = predict(model, pixels(x[:batch_size], y.device), batch_size)
     rounding = 1e-4 * again.nan_to_num(0, 0, 0).abs().max().item()
     if not torch.allclose(again, logits[:batch_size], rtol=0, atol=rounding, equal_nan=True):
         lines.append("the model answers differently when asked twice: the attacks do not average over its randomness")
@@ -389,7 +397,8 @@ def doubts(model, x, y, state, attack, batch_size=256):
     if nan := logits.isnan().any(1).sum().item():
         lines.append(f"the model's logits are nan on {nan} of {len(x)} images, which count as misclassified")
     if attack != "clean":
-        gradients = (input_gradient(model, *batch) for batch in zip(x.split(batch_size), y.split(batch_size)))
+        gradients = (input_gradient(model, pixels(images, y.device), labels)
+                     for images, labels in zip(x.split(batch_size), y.split(batch_size)))
         blind = sum(((g == 0).flatten(1).all(1) | g.isnan().flatten(1).any(1)).sum().item() for g in gradients)
         if blind:
             lines.append(f"the input gradient of {blind} of {len(x)} images is zero or nan: what follows the gradient "
@@ -432,9 +441,9 @@ def evaluate_checkpoint(path, model, config, sha256, x, y, args):
     path_of_result = result_path(path, args)
     path_of_progress = path_of_result.with_suffix(".progress")
     # What an interrupted evaluation must have in common with this one to be gone on with.
-    settings = {"sha256": sha256, "images_sha256": hashlib.sha256(x.cpu().numpy().tobytes()).hexdigest()} | {
+    settings = {"sha256": sha256, "images_sha256": hashlib.sha256(x.numpy().tobytes()).hexdigest()} | {
         name: getattr(args, name) for name in ("attack", "eps", "steps", "restarts", "num_images")}
-    model, x, y, state = initial_state(model, x, y, args.radii, args.batch_size)
+    state = initial_state(model, x, y, args.batch_size)
     progress = {"settings": settings, "radius": state["radius"].tolist(), "done": 0, "after": {}, "seconds": 0.0}
     if RANK == 0 and path_of_progress.exists():
         saved = json.loads(path_of_progress.read_bytes())
@@ -443,7 +452,7 @@ def evaluate_checkpoint(path, model, config, sha256, x, y, args):
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(shared)
     progress = shared[0]
-    state["radius"] = torch.tensor(progress["radius"], dtype=torch.double, device=x.device)
+    state["radius"] = torch.tensor(progress["radius"], dtype=torch.double, device=y.device)
 
     turns = {"clean": [], "pgd": pgd_turns(args.radii, args.restarts),
              "autoattack": standard_turns(args.radii, state)}[args.attack]
@@ -475,7 +484,7 @@ def evaluate_checkpoint(path, model, config, sha256, x, y, args):
 
 
 def load_models_and_images(args, device):
-    """Checkpoint -> (model, configuration, SHA-256), and the images (N, C, H, W) and labels that all of them meet."""
+    """Checkpoint -> (model, configuration, SHA-256), and the images (N, C, H, W) uint8 and labels that they meet."""
     if len({result_path(path.resolve(), args) for path in args.checkpoints}) < len(args.checkpoints):
         raise Mistake("two of the checkpoints have one name in one folder: their results would be one file")
     models = {path: (*train.load_checkpoint(path, device), hashlib.sha256(path.read_bytes()).hexdigest())
@@ -489,7 +498,7 @@ def load_models_and_images(args, device):
     if config["val_images"] and RANK == 0:
         warnings.warn(f"on the training images that --val-images {config['val_images']} held out, not on test images")
     images, labels = train.held_out(test_set, args.num_images)
-    return models, images.to(device).float() / 255, labels.to(device)
+    return models, images, labels.to(device)
 
 
 def result_path(path, args):

@@ -44,8 +44,9 @@ LOSSES = [gradnorm_loss, gradnorm_loss_finite_difference]
 
 
 @pytest.fixture(autouse=True)
-def fixed_seed():
+def fixed_state(monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(gradnorm, "CHECK_VALUES", True)  # which train.py changes
 
 
 def linear_model(classes=3, pixels=12):
@@ -877,6 +878,27 @@ def test_batchnorm_is_frozen_in_a_run_that_starts_from_another(folder, tmp_path)
     assert natural["1.bn1.num_batches_tracked"] == 3 and not torch.equal(natural["1.fc.bias"], robust["1.fc.bias"])
 
 
+@pytest.mark.parametrize("name", benchmark.METHODS)
+def test_a_training_step_waits_for_the_gpu_once(monkeypatch, name):
+    monkeypatch.setattr(gradnorm, "CHECK_VALUES", False)
+    args = argparse.Namespace(**vars(settings("--optimizer", "sgd")) | benchmark.METHODS[name][0])
+    model = train.build_model("convnet", 3, 10)
+    step = benchmark.make_step(model, train.build_optimizer(model, args), args, torch.rand(4, 3, 8, 8), torch.arange(4))
+    with CountWaits() as counter:
+        step(0)
+    assert counter.count == 1  # for the check that the gradient is finite
+
+
+def test_attacks_wait_for_the_gpu_a_few_times_per_iteration():
+    model, x, y = Steadfast(), batch(4)[0], torch.zeros(4, dtype=torch.long)  # which no attack breaks
+    for attack, iterations, waits in ((partial(evaluate.apgd, seeds=torch.arange(4), steps=20), 21, 1),
+                                      (partial(evaluate.fab, target=y + 1, steps=20), 20, 3),
+                                      (partial(evaluate.square, seeds=torch.arange(4), queries=20), 21, 1)):
+        with CountWaits() as counter:
+            attack(model, x, y, eps=0.1)
+        assert counter.count <= waits * iterations
+
+
 @pytest.mark.parametrize("amp, flags", [("fp16", []), ("bf16", ["--h", "4/255"])])
 def test_training_in_mixed_precision(folder, tmp_path, amp, flags):
     run(*flags_for(folder, tmp_path), *flags, "--amp", amp, "--epochs", "8", "--lr", "0.01")
@@ -1324,10 +1346,10 @@ class Steadfast(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.model = smooth_model(6)
+        self.model, self.first = smooth_model(6), 5 * F.one_hot(torch.tensor(0), 6)
 
     def forward(self, x):
-        return 2 * torch.tanh(20 * self.model(5 * x)) + 5 * F.one_hot(torch.tensor(0), 6)
+        return 2 * torch.tanh(20 * self.model(5 * x)) + self.first
 
 
 @pytest.mark.parametrize("targeted", [False, True])
@@ -1509,10 +1531,11 @@ def task():
 
 
 def evaluated(turns, model, x, y, **arguments):
-    model, x, y, state = evaluate.initial_state(model, x, y, [])
+    state, images = evaluate.initial_state(model, x, y), x.clone()
     for turn in turns(state):
-        evaluate.run_attack(turn, model, x, y, state, **arguments)
-    return state
+        for rows, found in evaluate.run_attack(turn, model, x, y, state, **arguments):
+            images[rows] = found
+    return state | {"images": images}
 
 
 def test_autoattack_is_at_most_pgd_at_most_clean_and_all_fall_with_eps(short_square):
@@ -1531,7 +1554,7 @@ def test_autoattack_is_at_most_pgd_at_most_clean_and_all_fall_with_eps(short_squ
 
 def test_turns_are_those_of_standard_autoattack():
     model, x, y = linear_task(classes=12)
-    model, x, y, state = evaluate.initial_state(model, x, y, [])
+    state = evaluate.initial_state(model, x, y)
     assert torch.equal(state["targets"], model(x).sort(dim=1, descending=True).indices[:, 1:10])
     nine = range(9)
     assert evaluate.standard_turns([0.2, 0, 0.1], state) == [

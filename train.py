@@ -40,6 +40,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+import gradnorm
 from gradnorm import gradnorm_loss, gradnorm_loss_finite_difference, input_gradient, pgd_attack
 
 RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, default))  # set by torchrun
@@ -842,6 +843,8 @@ def run_script(main, when_interrupted):
         return
     if speaks:
         print(f"{name}: {line}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(5)  # torchrun stops all processes when the first one ends, which must be one that has spoken
     if dist.is_initialized():  # the other processes may be in a collective, and an orderly exit would wait for them
         sys.stdout.flush()
         os._exit(status)
@@ -853,6 +856,7 @@ def main():
     device = start_process()
     torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it
     torch.backends.cudnn.benchmark = True  # all batches have one shape
+    gradnorm.CHECK_VALUES = False  # these data fit
     torch.manual_seed(args.seed)  # the same first weights on every rank
     train(args, checkpoint, device)
 
