@@ -1042,6 +1042,31 @@ def test_data_sets_of_torchvision(tmp_path, monkeypatch, name, source, shape, ch
     assert str(tmp_path / "data") in message and "no network" in message and "--data-dir" in message
 
 
+def test_imagenette_is_decoded_a_little_larger_than_its_crops(tmp_path):
+    for part, name, i in itertools.product(("train", "val"), ("n01440764", "n03888257"), range(3)):
+        (tmp_path / "imagenette2-160" / part / name).mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(256, (3, 40, 60), dtype=torch.uint8)
+        to_pil_image(pixels).save(tmp_path / "imagenette2-160" / part / name / f"{i}.JPEG")
+    args = settings("--dataset", "imagenette", "--data-dir", str(tmp_path), "--image-size", "16", "--augment", "basic")
+    seen, held_out = (train.load_dataset(args, train=part) for part in (True, False))
+    assert seen.images.shape == (6, 3, 18, 18) and held_out.images.shape == (6, 3, 16, 16)
+    assert held_out.classes == ["tench", "parachute"] and held_out.targets.tolist() == [0, 0, 0, 1, 1, 1]
+    with Image.open(tmp_path / "imagenette2-160/val/n01440764/0.JPEG") as image:
+        small = torch.from_numpy(np.array(image.resize((27, 18), Image.Resampling.BILINEAR))).permute(2, 0, 1)
+    assert (held_out[0][0].int() - small[:, 1:17, 5:21].int()).abs().max() <= 2
+    windows = {(row, column, flip): seen.images[0].flip([2] if flip else [])[:, row:row + 16, column:column + 16]
+               for row, column, flip in itertools.product(range(3), range(3), (False, True))}
+    crops = [seen.__getitems__([0])[0][0] for _ in range(100)]
+    assert {key for crop in crops for key, window in windows.items() if torch.equal(crop, window)} == set(windows)
+    assert settings("--dataset", "imagenette").image_size == 64
+
+
+@pytest.mark.parametrize("size, width, side", [(16, 64, 4), (28, 64, 7), (32, 64, 8), (64, 128, 8), (224, 512, 7)])
+def test_convnet_halves_the_resolution_until_about_8x8(size, width, side):
+    model = train.build_model("convnet", 3, 10, image_size=size)
+    assert model[1].layers(torch.rand(1, 3, size, size)).shape == (1, width, side, side)
+
+
 def test_validation_images_are_training_files_that_training_never_sees(folder, tmp_path, capsys):
     flags = [*flags_for(folder, tmp_path), "--val-images", "12", "--augment", "basic", "--epochs", "1"]
     args = settings(*flags)

@@ -277,7 +277,7 @@ def load_data_and_model(args, checkpoint):
     """The training set, the held-out set and the model; raises Mistake where these do not fit each other."""
     with rank_zero_first():
         train_set, test_set = load_dataset(args, train=True), load_dataset(args, train=False)
-        image, classes = train_set[0][0], train_set.classes
+        image, classes = test_set[0][0], train_set.classes
         if len(classes) < 2:
             raise Mistake(f"the data have one class, {classes}: a classifier needs two, and --data-dir DIR means "
                           "DIR/train/CLASS/IMAGE")
@@ -383,19 +383,33 @@ def load_part(args, train_part, augment):
     if args.dataset == "shapes":
         images, targets, classes = draw_shapes(10_000, seed=0) if train_part else draw_shapes(2_000, seed=1)
     else:
-        source = {"fashion-mnist": torchvision.datasets.FashionMNIST, "cifar10": torchvision.datasets.CIFAR10}
         folder = Path(args.data_dir or "data")
         try:
-            data = source[args.dataset](folder, train_part, download=True)
+            images, targets, classes = read_data_set(args, folder, train_part)
         except (OSError, RuntimeError) as error:
             raise Mistake(f"cannot find {args.dataset} in {folder.absolute()}, nor download it ({error}): put it "
                           "there, or name its place with --data-dir") from None
-        images = torch.as_tensor(data.data)  # (N, H, W), or (N, H, W, C)
-        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
-        targets, classes = torch.as_tensor(data.targets), data.classes
-    size = images.shape[-1]
-    transform = train_transform(args, size, v2.RandomCrop(size, padding=size // 8)) if augment else None
-    return Images(images, targets, classes, transform)
+    size, crop = images.shape[-1], v2.RandomCrop(images.shape[-1], padding=images.shape[-1] // 8)
+    if args.dataset == "imagenette":
+        size, crop = args.image_size, v2.RandomCrop(args.image_size)
+    transform = train_transform(args, size, crop) if augment else None
+    return Images(images if transform else v2.functional.center_crop(images, [size]), targets, classes, transform)
+
+
+def read_data_set(args, folder, train_part):
+    """A data set of torchvision, which downloads it: images (N, C, H, W) uint8, targets (N,), names of the classes."""
+    if args.dataset == "imagenette":  # photographs of ten classes, decoded once, a little larger than the crop
+        side = args.image_size * 9 // 8
+        decode = v2.Compose([v2.PILToTensor(), v2.Resize(side), v2.CenterCrop(side)])
+        data = torchvision.datasets.Imagenette(folder, "train" if train_part else "val", "160px", transform=decode,
+                                               download=not (folder / "imagenette2-160").exists())
+        images, targets = zip(*tqdm(data, desc="decoding", leave=False, disable=True if RANK else None))
+        return torch.stack(images), torch.tensor(targets), [names[0] for names in data.classes]
+    source = torchvision.datasets.CIFAR10 if args.dataset == "cifar10" else torchvision.datasets.FashionMNIST
+    data = source(folder, train_part, download=True)
+    images = torch.as_tensor(data.data)  # (N, H, W), or (N, H, W, C)
+    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+    return images, torch.as_tensor(data.targets), data.classes
 
 
 def load_image_folder(args, train_part, augment):
@@ -501,24 +515,30 @@ def draw_shapes(n, seed, size=32):
 # Model
 
 
-class ConvNet(nn.Module):
-    """The small default: 4x4 patches, three residual blocks, 0.1 M parameters. GroupNorm of one group normalises each
-    example by itself, and GELU is smooth: both are what GradNorm needs."""
+class Residual(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
 
-    def __init__(self, channels, classes, width=64, blocks=3):
+
+class ConvNet(nn.Module):
+    """The small default: 4x4 patches, then stages of three residual blocks. Between stages the resolution halves and
+    the width doubles, until about 8x8 is left: one stage (0.1 M parameters) up to 32 pixels, two (0.6 M) for 64, four
+    for 224. GroupNorm of one group normalises each example by itself, and GELU is smooth: GradNorm needs both."""
+
+    def __init__(self, channels, classes, image_size, width=64):
         super().__init__()
-        self.patches = nn.Conv2d(channels, width, kernel_size=4, stride=4)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.GroupNorm(1, width), nn.GELU(), nn.Conv2d(width, width, kernel_size=3, padding=1))
-            for _ in range(blocks))
-        self.norm, self.act = nn.GroupNorm(1, width), nn.GELU()
+        layers = [nn.Conv2d(channels, width, kernel_size=4, stride=4)]
+        for stage in range(1 + max(0, round(math.log2(image_size / 32)))):
+            if stage > 0:
+                layers.append(nn.Conv2d(width, 2 * width, kernel_size=2, stride=2))
+                width *= 2
+            layers += [Residual(nn.GroupNorm(1, width), nn.GELU(), nn.Conv2d(width, width, kernel_size=3, padding=1))
+                       for _ in range(3)]
+        self.layers = nn.Sequential(*layers, nn.GroupNorm(1, width), nn.GELU())
         self.head = nn.Linear(width, classes)
 
     def forward(self, x):
-        x = self.patches(x)
-        for block in self.blocks:
-            x = x + block(x)
-        return self.head(self.act(self.norm(x)).mean((2, 3)))
+        return self.head(self.layers(x).mean((2, 3)))
 
 
 class Normalize(nn.Module):
@@ -537,11 +557,12 @@ class Normalize(nn.Module):
 ACTIVATIONS = {"gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU}
 
 
-def build_model(name, channels, classes, activation=None, pretrained=False, image_size=224):
+def build_model(name, channels, classes, activation=None, pretrained=False, image_size=32):
     """A model from pixels (N, `channels`, H, W) to logits (N, `classes`): ConvNet, or torchvision's of that name with
-    the normalisation of its weights. `activation` replaces every ReLU, GELU and SiLU module; ViTs need `image_size`."""
+    the normalisation of its weights. `activation` replaces every ReLU, GELU and SiLU module. ConvNet and ViTs are
+    built for their `image_size`."""
     if name == "convnet":
-        model = nn.Sequential(Normalize([0.5] * channels, [0.25] * channels), ConvNet(channels, classes))
+        model = nn.Sequential(Normalize([0.5] * channels, [0.25] * channels), ConvNet(channels, classes, image_size))
     else:
         size = {"image_size": image_size} if name.startswith("vit_") else {}  # the others take any, or their weights'
         try:
@@ -696,13 +717,15 @@ def make_parser():
     method.add_argument("--step-size", type=unit, help="adversarial: in pixels; by default 2ε/N, and 1.25ε for N = 1")
 
     data = parser.add_argument_group("data and model")
-    data.add_argument("--dataset", default="shapes", choices=["shapes", "fashion-mnist", "cifar10", "imagefolder"],
-                      help="shapes is drawn by train.py, the next two are downloaded")
+    data.add_argument("--dataset", default="shapes",
+                      choices=["shapes", "imagenette", "fashion-mnist", "cifar10", "imagefolder"],
+                      help="shapes is drawn by train.py, the next three are downloaded")
     data.add_argument("--data-dir", type=os.path.expanduser,
                       help="where the data are, or go; for imagefolder it holds train/ and val/")
     data.add_argument("--val-images", default=0, type=whole,
                       help="evaluate on so many held-out training images, to choose settings; 0: on the test part")
-    data.add_argument("--image-size", default=224, type=count, help="imagefolder: side in pixels")
+    data.add_argument("--image-size", type=count,
+                      help="imagenette: side in pixels, by default 64; imagefolder: by default 224")
     data.add_argument("--augment", default="none", choices=["none", "basic", "strong"],
                       help="basic: crop and flip; strong: the paper's recipe, with RandAugment, colour jitter, random "
                            "erasing, mixup, cutmix and label smoothing")
@@ -777,6 +800,8 @@ def parse_args():
         raise Mistake(f"--data-dir {args.data_dir}: --dataset shapes reads none; choose another --dataset")
     if args.pretrained and args.model == "convnet":
         raise Mistake("--pretrained: convnet has no ImageNet weights; choose another --model")
+    if args.image_size is None:
+        args.image_size = {"imagenette": 64, "imagefolder": 224}.get(args.dataset)
     args.parent = parent
     if args.lr is None:
         args.lr = 1e-2 if args.model == "convnet" else 1e-3

@@ -56,7 +56,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=20, help="steps of each method that are timed")
     args = parser.parse_args()
     device = train.start_process()
-    model = train.build_model(args.model, 3, 10, args.activation).to(device).train()
+    model = train.build_model(args.model, 3, 10, args.activation, image_size=args.image_size).to(device).train()
     train.freeze_batchnorm(model)
     # One optimiser for all, at a rate of 0: the same work, and the weights stay as they are.
     optimizer = train.build_optimizer(model, argparse.Namespace(**vars(args) | {"lr": 0.0}))
