@@ -1618,6 +1618,7 @@ def test_a_tie_goes_to_the_lowest_class_everywhere():
     model = Layer(lambda x: (20 * x.flatten(1)).clamp(max=1))
     x = 0.03 + 0.3 * torch.rand(50, 1, 4, 5)
     y = model(x).argmax(1)
+    assert (evaluate.initial_state(model, x, y)["targets"] != y[:, None]).all()
     adversarial = evaluate.autoattack(model, x, y, eps=0.1)
     broken = (model(adversarial).argmax(1) != y).double().mean()
     assert 0.3 < broken < 0.6 and evaluate.pgd_accuracy(model, x, y, eps=0) == 100

@@ -306,7 +306,7 @@ def load_data_and_model(args, checkpoint):
 def make_loader(train_set, args, pin_memory):
     """Batches of images, (N, C, H, W) uint8, and targets: this rank's share, shuffled anew by set_epoch."""
     sampler = DistributedSampler(train_set, WORLD_SIZE, RANK, seed=args.seed, drop_last=True)
-    in_memory = isinstance(train_set, Images)  # which hands out whole batches, at once unless they are augmented much
+    in_memory = isinstance(train_set, Images)  # which hands out whole batches; strong augmentation alone is worth a worker
     return DataLoader(train_set, args.batch_size, sampler=sampler, drop_last=True, pin_memory=pin_memory,
                       num_workers=0 if in_memory and args.augment != "strong" else args.workers,
                       collate_fn=default_convert if in_memory else None)
@@ -868,7 +868,7 @@ def run_script(main, when_interrupted):
         return
     if speaks:
         print(f"{name}: {line}", file=sys.stderr, flush=True)
-    else:
+    elif status == 2:
         time.sleep(5)  # torchrun stops all processes when the first one ends, which must be one that has spoken
     if dist.is_initialized():  # the other processes may be in a collective, and an orderly exit would wait for them
         sys.stdout.flush()
