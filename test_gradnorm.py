@@ -1996,6 +1996,8 @@ def test_results_of_another_checkpoint_are_left_out(runs):
     with pytest.warns(UserWarning, match="left out"):
         best = visualize.load_run(runs[0] / "best.pt")
     assert best["results"] == [] and best["method"] == "gradnorm" and best["checkpoint"].name == "best.pt"
+    (model,), *_ = visualize.models_and_images([best], 1)
+    torch.testing.assert_close(model.state_dict(), saved(runs[1]), rtol=0, atol=0)
     assert len(visualize.load_run(runs[0])["results"]) == 3
     (runs[2] / "note-1.json").write_text("[1]")
     with pytest.raises(train.Mistake, match="not of train.py"):
