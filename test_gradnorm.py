@@ -763,9 +763,10 @@ def test_init_starts_from_the_weights_of_another_run(folder, tmp_path):
     for name, parent in (("natural-0", "natural-0"), ("robust-0", "robust-0")):
         assert "did not start from --init" in mistake("--resume", "--output-dir", tmp_path / name, "--init",
                                                       tmp_path / parent)
-    with pytest.warns(UserWarning, match="have seen these images"):  # of the parent's parent too
+    rewrite(tmp_path / "robust-0/checkpoint.pt", tmp_path / "robust-0/other.pt", dataset="shapes")
+    with pytest.warns(UserWarning, match="have seen these images"):  # the parent's parent has
         mistake(*flags_for(folder, tmp_path / "other"), "--val-images", "12", "--batch-size", "99", "--init",
-                tmp_path / "robust-0")
+                tmp_path / "robust-0/other.pt")
     assert "gelu is not silu" in mistake(*flags_for(folder, tmp_path / "other"), "--activation", "gelu",
                                          "--init", tmp_path / "natural-0/checkpoint.pt")
     assert not (tmp_path / "other").exists()
@@ -1681,7 +1682,8 @@ def test_signs_of_untrustworthy_robustness_are_told(short_attacks):
         evaluate.autoattack(model, x, y, eps=0.01)
     for doubtful, labels, words in (
             (nn.Sequential(model, nn.Dropout()), y, "twice"), (nn.Sequential(model, nn.Softmax(1)), y, "probabilities"),
-            (flat, y, f"{len(x)} of {len(x)} images is zero"), (Nan(), y, "logits are nan on .* of 60 images"),
+            (flat, y, f"{len(x)} of {len(x)} images is zero"),
+            (nn.Sequential(Layer(lambda x: torch.where(x > 0.1, x.sqrt(), x)), model), y, "images is zero or nan"), (Nan(), y, "logits are nan on .* of 60 images"),
             (few, y % 3, "3 classes.* 2 targets.* fewer logits")):
         with pytest.warns(UserWarning, match=words):
             evaluate.autoattack(doubtful, x, labels, eps=0.01)

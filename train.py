@@ -306,7 +306,7 @@ def load_data_and_model(args, checkpoint):
 def make_loader(train_set, args, pin_memory):
     """Batches of images, (N, C, H, W) uint8, and targets: this rank's share, shuffled anew by set_epoch."""
     sampler = DistributedSampler(train_set, WORLD_SIZE, RANK, seed=args.seed, drop_last=True)
-    in_memory = isinstance(train_set, Images)  # which hands out whole batches; only strong augmentation is worth workers
+    in_memory = isinstance(train_set, Images)  # which hands out whole batches; workers pay for strong augmentation
     return DataLoader(train_set, args.batch_size, sampler=sampler, drop_last=True, pin_memory=pin_memory,
                       num_workers=0 if in_memory and args.augment != "strong" else args.workers,
                       collate_fn=default_convert if in_memory else None)
