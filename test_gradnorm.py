@@ -549,29 +549,6 @@ def test_attention_models_make_a_step(name):
 # Several processes
 
 
-def ddp_gradients(rank, store):
-    """Each of two ranks takes every second example; saves the averaged gradient."""
-    torch.distributed.init_process_group("gloo", f"file://{store}/rendezvous", rank=rank, world_size=2)
-    for h in ("0", "0.05"):
-        torch.manual_seed(0)
-        model, (x, y) = smooth_model(), batch(8)
-        objective = train.Objective(model, settings("--h", h, "--eps", "0.1"))
-        objective = nn.parallel.DistributedDataParallel(objective)
-        objective(x[rank::2], y[rank::2], torch.tensor(1.0).double()).backward()
-        torch.save([p.grad for p in model.parameters()], f"{store}/{rank}-{h}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_have_the_gradient_of_one(tmp_path):
-    torch.multiprocessing.spawn(ddp_gradients, (str(tmp_path),), nprocs=2)
-    for rank, h in itertools.product((0, 1), ("0", "0.05")):
-        torch.manual_seed(0)
-        model, (x, y) = smooth_model(), batch(8)
-        train.Objective(model, settings("--h", h, "--eps", "0.1"))(x, y, torch.tensor(1.0).double()).backward()
-        for gradient, p in zip(torch.load(tmp_path / f"{rank}-{h}.pt"), model.parameters()):
-            torch.testing.assert_close(gradient, p.grad, rtol=1e-12, atol=1e-16)
-
-
 @pytest.mark.parametrize("h", ["0", "2/255"])
 def test_compiled_objective_of_several_processes_equals_eager(tmp_path, monkeypatch, h):
     """Above DDP's first bucket of parameters, 1 MB, Dynamo would split its graph."""
@@ -804,14 +781,13 @@ def test_killed_and_resumed_equals_undisturbed(folder, tmp_path):
     extra = ["--epochs", "5", "--amp", "fp16", "--ema-decay", "0.9", "--augment", "strong", "--workers", "1",
              "--gradnorm-every", "2"]
     run(*flags_for(folder, tmp_path / "undisturbed"), *extra)
-    for epochs in (1, 3):
-        process = start(*flags_for(folder, tmp_path / "killed"), *extra, "--resume")
-        deadline = time.monotonic() + 120
-        while not ((tmp_path / "killed/metrics.jsonl").exists() and len(metrics(tmp_path / "killed")) >= epochs):
-            assert time.monotonic() < deadline and process.poll() is None, process.communicate()
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    process = start(*flags_for(folder, tmp_path / "killed"), *extra)
+    deadline = time.monotonic() + 120
+    while not ((tmp_path / "killed/metrics.jsonl").exists() and len(metrics(tmp_path / "killed")) >= 2):
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
     assert saved(tmp_path / "killed", "epoch") < 5
     run("--resume", "--output-dir", tmp_path / "killed")  # the settings come from the checkpoint
     for key in ("model", "ema", "optimizer", "scaler"):
@@ -838,13 +814,13 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 def test_two_processes_evaluate_what_is_saved_and_stop_together_at_a_nan(folder, tmp_path):
     """BatchNorm's statistics differ between ranks. The nan is in the loss of rank 1 alone, in step 3 of 2 x 2."""
     script = tmp_path / "nan.py"
-    script.write_text("import train\noriginal, calls = train.gradnorm_loss, []\n"
+    script.write_text("import train\noriginal, calls = train.Objective.forward, []\n"
                       "def poisoned(*args, **kwargs):\n    calls.append(0)\n"  # the first call tries the model
                       "    nan = float('nan') if train.RANK == 1 and len(calls) == 4 else 1\n"
                       "    return original(*args, **kwargs) * nan\n"
-                      "train.gradnorm_loss = poisoned\ntrain.run_script(train.main, '')\n")
+                      "train.Objective.forward = poisoned\ntrain.run_script(train.main, '')\n")
     process = start(*flags_for(folder, tmp_path / "run"), "--batch-size", "12", "--model", "resnet18", "--image-size",
-                    "32", "--warmup-epochs", "0", launcher=TORCHRUN, script=script)
+                    "32", "--method", "natural", "--warmup-epochs", "0", launcher=TORCHRUN, script=script)
     _, errors = process.communicate(timeout=120)
     lines = [line for line in errors.splitlines() if "nan.py: error" in line]
     assert process.returncode == 1 and len(lines) == 1 and "epoch 2, step 3" in lines[0], errors
@@ -925,7 +901,7 @@ def test_compiled_training_equals_eager(folder, tmp_path, monkeypatch):
     compile_module = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
     for name, extra in (("eager", []), ("compiled", ["--compile"])):
-        run(*flags_for(folder, tmp_path / name), *extra, "--gradnorm-every", "2", "--optimizer", "sgd")
+        run(*flags_for(folder, tmp_path / name), *extra, "--optimizer", "sgd")
     torch.testing.assert_close(saved(tmp_path / "compiled"), saved(tmp_path / "eager"), rtol=1e-4, atol=1e-6)
 
 
@@ -1338,7 +1314,7 @@ def short_attacks(monkeypatch, short_square):
 @pytest.mark.parametrize("classes", [2, 3, 12])
 def test_autoattack_finds_the_exact_robustness_of_a_linear_model(classes, short_square):
     model, x, y = linear_task(classes=classes)
-    for eps in RADII:
+    for eps in RADII if classes < 12 else RADII[1:3]:
         adversarial = evaluate.autoattack(model, x, y, eps=eps)
         robust = model(adversarial).argmax(1) == y
         assert torch.equal(robust, widest(model, x, y, eps) > 0) and (adversarial[robust] == x[robust]).all()
@@ -1567,12 +1543,12 @@ def evaluated(turns, model, x, y, **arguments):
 def test_autoattack_is_at_most_pgd_at_most_clean_and_all_fall_with_eps(short_square):
     model, x, y = task()
     y[:4] = (y[:4] + 1) % 4  # misclassified
-    radii = [0, 0.005, 0.02, 0.04]
+    radii = [0, 0.005, 0.02]
     together = evaluated(lambda state: evaluate.standard_turns(radii, state), model, x, y)
     auto = [evaluate.accuracy(together, eps) for eps in radii]
     pgd = [evaluate.pgd_accuracy(model, x, y, eps=eps, steps=20, restarts=2) for eps in radii]
     assert auto[0] == pgd[0] == 90 and all(a <= p for a, p in zip(auto, pgd))
-    assert auto == sorted(auto, reverse=True) and auto[0] > auto[1] > auto[2] > auto[3]
+    assert auto == sorted(auto, reverse=True) and auto[0] > auto[1] > auto[2]
     for eps in radii[1:]:  # all together break no fewer than each alone
         alone = model(evaluate.autoattack(model, x, y, eps=eps)).argmax(1) != y
         assert (alone <= (together["radius"] <= eps)).all()
@@ -1683,7 +1659,8 @@ def test_signs_of_untrustworthy_robustness_are_told(short_attacks):
     for doubtful, labels, words in (
             (nn.Sequential(model, nn.Dropout()), y, "twice"), (nn.Sequential(model, nn.Softmax(1)), y, "probabilities"),
             (flat, y, f"{len(x)} of {len(x)} images is zero"),
-            (nn.Sequential(Layer(lambda x: torch.where(x > 0.1, x.sqrt(), x)), model), y, "images is zero or nan"), (Nan(), y, "logits are nan on .* of 60 images"),
+            (nn.Sequential(Layer(lambda x: torch.where(x > 0.1, x.sqrt(), x)), model), y, "images is zero or nan"),
+            (Nan(), y, "logits are nan on .* of 60 images"),
             (few, y % 3, "3 classes.* 2 targets.* fewer logits")):
         with pytest.warns(UserWarning, match=words):
             evaluate.autoattack(doubtful, x, labels, eps=0.01)
