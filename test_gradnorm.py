@@ -757,6 +757,8 @@ def test_init_with_other_classes_has_a_fresh_head(folder, tmp_path):
         (tmp_path / "two" / part / name).symlink_to(folder / part / name)
     run(*flags_for(tmp_path / "two", tmp_path / "run"), "--init", tmp_path / "three/checkpoint.pt", "--lr", "1e-9",
         "--weight-decay", "0", "--eval-images", "8")
+    assert "built for 16 pixels, these images have 64" in mistake(
+        *flags_for(folder, tmp_path / "larger"), "--image-size", "64", "--init", tmp_path / "three")
     before, after = saved(tmp_path / "three"), saved(tmp_path / "run")
     assert after["1.head.weight"].shape == (2, 64) and train.load_checkpoint(tmp_path / "run/checkpoint.pt")
     for name in before.keys() - {"1.head.weight", "1.head.bias"}:
