@@ -294,8 +294,8 @@ def load_data_and_model(args, checkpoint):
         if args.init and not checkpoint:
             model, config = load_checkpoint(args.init)
             if config["pixels"] != image.shape[-1] and args.model.startswith(("convnet", "vit_")):
-                raise Mistake(f"--init {args.init}: its {args.model} is built for {config['pixels']} pixels, these images "
-                              f"have {image.shape[-1]}")
+                raise Mistake(f"--init {args.init}: its {args.model} is built for {config['pixels']} pixels, these "
+                              f"images have {image.shape[-1]}")
             if config["classes"] != classes:
                 replace_head(model, len(classes))
         else:
