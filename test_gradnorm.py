@@ -939,7 +939,7 @@ def test_strong_augmentation_gives_class_probabilities():
 
 def test_the_average_of_a_swin_keeps_its_index_of_positions():
     model = train.build_model("swin_t", 3, 10)
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=train.moving_average(0.9999), use_buffers=True)
+    average = torch.optim.swa_utils.AveragedModel(model, avg_fn=train.moving_average(0.9999), use_buffers=True)
     for _ in range(3):
         average.update_parameters(model)
     torch.testing.assert_close(average.module.state_dict(), model.state_dict(), rtol=1e-6, atol=0)

@@ -96,7 +96,7 @@ def train(args, checkpoint, device):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     ema = None
     if args.ema_decay:
-        ema = AveragedModel(model, multi_avg_fn=moving_average(args.ema_decay), use_buffers=True)
+        ema = AveragedModel(model, avg_fn=moving_average(args.ema_decay), use_buffers=True)
     kept = ema.module if ema else model  # what load_checkpoint will give
 
     first_epoch, metrics = 0, []
@@ -190,10 +190,7 @@ def parallel(objective, args, device):
 
 def moving_average(decay):
     """For AveragedModel: exponential, of what floats; the rest, such as Swin's index of positions, is copied."""
-    def update(averaged, current, _):
-        for a, b in zip(averaged, current):
-            a.copy_(a.lerp(b, 1 - decay) if a.is_floating_point() else b)
-    return update
+    return lambda averaged, current, _: averaged.lerp(current, 1 - decay) if averaged.is_floating_point() else current
 
 
 def learning_rate(step, warmup_steps, total_steps, peak, floor=1e-5):
@@ -841,11 +838,9 @@ def start_process():
             raise Mistake(f"this machine has {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
         device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
-    day = datetime.timedelta(days=1)
-    if WORLD_SIZE > 1 and device.type == "cuda":
-        dist.init_process_group("nccl", timeout=day, device_id=device)
-    elif WORLD_SIZE > 1:
-        dist.init_process_group("gloo", timeout=day)
+    if WORLD_SIZE > 1:
+        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1), device_id=device_id)
     return device
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import gradnorm
 import train
 
 METHODS = {  # name: (flags of train.py, cost in forward passes)
@@ -56,6 +57,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=20, help="steps of each method that are timed")
     args = parser.parse_args()
     device = train.start_process()
+    torch.set_float32_matmul_precision("high")  # as train.py
+    torch.backends.cudnn.benchmark, gradnorm.CHECK_VALUES = True, False
     model = train.build_model(args.model, 3, 10, args.activation, image_size=args.image_size).to(device).train()
     train.freeze_batchnorm(model)
     # One optimiser for all, at a rate of 0: the same work, and the weights stay as they are.
