@@ -549,19 +549,18 @@ def test_attention_models_make_a_step(name):
 # Several processes
 
 
-@pytest.mark.parametrize("h", ["0", "2/255"])
-def test_compiled_objective_of_several_processes_equals_eager(tmp_path, monkeypatch, h):
+def test_compiled_objective_of_several_processes_equals_eager(tmp_path, monkeypatch):
     """Above DDP's first bucket of parameters, 1 MB, Dynamo would split its graph."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 640), nn.GELU(), nn.Linear(640, 640), nn.GELU(),
                           nn.Linear(640, 640), nn.GELU(), nn.Linear(640, 3))
     x, y = torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
-    eager = gradients(train.Objective(model, settings("--h", h))(x, y, torch.ones(())), model)
+    eager = gradients(train.Objective(model, settings())(x, y, torch.ones(())), model)
     compile_module = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
     monkeypatch.setattr(train, "WORLD_SIZE", 2)
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
-        args = settings("--h", h, "--compile")
+        args = settings("--compile")
         objective = train.parallel(train.Objective(model, args), args, torch.device("cpu"))
         objective(x, y, torch.ones(())).backward()
     finally:
@@ -780,7 +779,7 @@ def test_weight_decay_is_for_the_weights_of_layers(name):
 
 def test_killed_and_resumed_equals_undisturbed(folder, tmp_path):
     # All that has state: GradScaler, EMA, AdamW, worker processes, every source of randomness.
-    extra = ["--epochs", "5", "--amp", "fp16", "--ema-decay", "0.9", "--augment", "strong", "--workers", "1",
+    extra = ["--epochs", "4", "--amp", "fp16", "--ema-decay", "0.9", "--augment", "strong", "--workers", "1",
              "--gradnorm-every", "2"]
     run(*flags_for(folder, tmp_path / "undisturbed"), *extra)
     process = start(*flags_for(folder, tmp_path / "killed"), *extra)
@@ -790,7 +789,7 @@ def test_killed_and_resumed_equals_undisturbed(folder, tmp_path):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    assert saved(tmp_path / "killed", "epoch") < 5
+    assert saved(tmp_path / "killed", "epoch") < 4
     run("--resume", "--output-dir", tmp_path / "killed")  # the settings come from the checkpoint
     for key in ("model", "ema", "optimizer", "scaler"):
         killed, undisturbed = saved(tmp_path / "killed", key), saved(tmp_path / "undisturbed", key)
@@ -832,16 +831,16 @@ def test_two_processes_evaluate_what_is_saved_and_stop_together_at_a_nan(folder,
     assert line["gradient_norm"] == pytest.approx(norm, rel=3e-5)
 
 
-def test_interrupt_ends_in_one_line(folder, tmp_path):
-    # A shell's "&" ignores SIGINT, which children inherit; a handler they do not.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = start(*flags_for(folder, tmp_path / "run"), "--epochs", "100000")
-    while not (tmp_path / "run/metrics.jsonl").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and len(errors.splitlines()) == 1 and "--resume" in errors
+def test_interrupt_ends_in_one_line(capsys):
+    def interrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" ignores it
+    with pytest.raises(SystemExit, match="130"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warnings, "formatwarning", warnings.formatwarning)
+        train.run_script(interrupted, "--resume goes on")
+    assert capsys.readouterr().err.endswith(": interrupted: --resume goes on\n")
 
 
 def test_batchnorm_is_frozen_in_a_run_that_starts_from_another(folder, tmp_path):
@@ -878,13 +877,11 @@ def test_attacks_wait_for_the_gpu_a_few_times_per_iteration():
         assert counter.count <= waits * iterations
 
 
-@pytest.mark.parametrize("amp, flags", [("fp16", []), ("bf16", ["--h", "4/255"])])
-def test_training_in_mixed_precision(folder, tmp_path, amp, flags):
-    run(*flags_for(folder, tmp_path), *flags, "--amp", amp, "--epochs", "8", "--lr", "0.01")
+def test_training_in_mixed_precision(folder, tmp_path):
+    run(*flags_for(folder, tmp_path), "--amp", "fp16", "--epochs", "8", "--lr", "0.01")
     first, *_, last = metrics(tmp_path)
     assert last["loss"] < 0.7 * first["loss"] and last["clean_accuracy"] > 90
-    if amp == "fp16":
-        assert saved(tmp_path, "scaler")["scale"] >= 1
+    assert saved(tmp_path, "scaler")["scale"] >= 1
 
 
 def test_fp16_clips_the_unscaled_gradient(folder, tmp_path):
@@ -897,14 +894,6 @@ def test_fp16_clips_the_unscaled_gradient(folder, tmp_path):
         model, _ = train.load_checkpoint(tmp_path / amp / "checkpoint.pt")
         moves.append(nn.utils.parameters_to_vector(model.parameters()) - start)
     assert (moves[0] - moves[1]).norm() < 0.1 * moves[0].norm()
-
-
-def test_compiled_training_equals_eager(folder, tmp_path, monkeypatch):
-    compile_module = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
-    for name, extra in (("eager", []), ("compiled", ["--compile"])):
-        run(*flags_for(folder, tmp_path / name), *extra, "--optimizer", "sgd")
-    torch.testing.assert_close(saved(tmp_path / "compiled"), saved(tmp_path / "eager"), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", benchmark.METHODS)
@@ -1266,8 +1255,8 @@ def test_natural_training_collapses_under_pgd_where_gradnorm_holds(tmp_path):
     """On `shapes`, at the paper's ε, in the paper's way: GradNorm starts from the naturally trained network."""
     torch.set_num_threads(os.cpu_count())
     run("--method", "natural", "--epochs", "2", "--warmup-epochs", "0.5", "--output-dir", tmp_path / "natural")
-    run("--init", tmp_path / "natural/checkpoint.pt", "--epochs", "1", "--warmup-epochs", "0.25", "--output-dir",
-        tmp_path / "gradnorm")
+    run("--init", tmp_path / "natural", "--epochs", "1", "--warmup-epochs", "0.25",
+        "--output-dir", tmp_path / "gradnorm")
     torch.set_num_threads(1)
     natural, gradnorm = metrics(tmp_path / "natural")[-1], metrics(tmp_path / "gradnorm")[-1]
     assert natural["clean_accuracy"] > 70 and natural["pgd10_accuracy"] < 15
@@ -1592,7 +1581,7 @@ def test_only_what_is_proved_counts(monkeypatch):
     assert evaluate.pgd_accuracy(model, x, y, eps=0.1) == 100
 
 
-def test_a_tie_goes_to_the_lowest_class_everywhere():
+def test_a_tie_goes_to_the_lowest_class_everywhere(short_square):
     """As argmax has it. With more than 16 classes argsort has it otherwise."""
     model = Layer(lambda x: (20 * x.flatten(1)).clamp(max=1))
     x = 0.03 + 0.3 * torch.rand(50, 1, 4, 5)
