@@ -869,7 +869,6 @@ def run_script(main, when_interrupted):
     elif status == 2:
         time.sleep(5)  # torchrun stops all processes when the first one ends, which must be one that has spoken
     if dist.is_initialized():  # the other processes may be in a collective, and an orderly exit would wait for them
-        sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
 
