@@ -429,6 +429,7 @@ def main():
     torch.set_float32_matmul_precision("highest")  # rounding decides no verdict
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
     models, x, y = load_models_and_images(args, device)
+    args.images_sha256 = hashlib.sha256(x.numpy()).hexdigest()
     results = {path: evaluate_checkpoint(path, *loaded, x, y, args) for path, loaded in models.items()}
     if RANK == 0:
         print_table(results, args)
@@ -441,8 +442,8 @@ def evaluate_checkpoint(path, model, config, sha256, x, y, args):
     path_of_result = result_path(path, args)
     path_of_progress = path_of_result.with_suffix(".progress")
     # What an interrupted evaluation must have in common with this one to be gone on with.
-    settings = {"sha256": sha256, "images_sha256": hashlib.sha256(x.numpy().tobytes()).hexdigest()} | {
-        name: getattr(args, name) for name in ("attack", "eps", "steps", "restarts", "num_images")}
+    settings = {"sha256": sha256} | {name: getattr(args, name) for name in (
+        "images_sha256", "attack", "eps", "steps", "restarts", "num_images")}
     state = initial_state(model, x, y, args.batch_size)
     progress = {"settings": settings, "radius": state["radius"].tolist(), "done": 0, "after": {}, "seconds": 0.0}
     if RANK == 0 and path_of_progress.exists():

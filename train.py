@@ -160,7 +160,7 @@ def train(args, checkpoint, device):
         seconds = time.perf_counter() - start
 
         if WORLD_SIZE > 1:  # each rank's BatchNorm has seen its own images: evaluate what rank 0 will save
-            for buffer in [*model.buffers(), *kept.buffers()]:
+            for buffer in kept.buffers():
                 dist.broadcast(buffer, 0)
         loss, = mean_over_ranks(torch.stack(losses).nanmean()[None])
         metrics.append({"epoch": epoch + 1, "loss": loss, "lr": lr, "seconds": seconds,
@@ -281,10 +281,10 @@ def load_data_and_model(args, checkpoint):
         if test_set.classes != classes:
             raise Mistake("train/ and val/ must have the same classes: "
                           f"{sorted({*classes} ^ {*test_set.classes})[:5]} are in one alone")
-        config = checkpoint["config"] if checkpoint else {"classes": classes, "images": len(train_set)}
-        if (config["classes"], config["images"]) != (classes, len(train_set)):
+        saved = checkpoint["config"] if checkpoint else None
+        if saved and (saved["classes"], saved["images"]) != (classes, len(train_set)):
             raise Mistake(f"the data have {len(classes)} classes and {len(train_set)} training images, those of the "
-                          f"checkpoint {len(config['classes'])} and {config['images']}: resume with the same data")
+                          f"checkpoint {len(saved['classes'])} and {saved['images']}: resume with the same data")
         if args.batch_size * WORLD_SIZE > len(train_set):
             raise Mistake(f"--batch-size {args.batch_size} x {WORLD_SIZE} process(es) is more than the "
                           f"{len(train_set)} training images: lower it")
@@ -296,10 +296,10 @@ def load_data_and_model(args, checkpoint):
             if config["classes"] != classes:
                 replace_head(model, len(classes))
         else:
-            channels = checkpoint["config"]["channels"] if checkpoint else image.shape[0]
+            channels = saved["channels"] if saved else image.shape[0]
             model = build_model(args.model, channels, len(classes), args.activation, args.pretrained and not checkpoint,
                                 image.shape[-1])
-        check_model(model, args, image)
+    check_model(model, args, image)
     return train_set, test_set, model
 
 
@@ -844,6 +844,13 @@ def start_process():
     return device
 
 
+def prefer_speed():
+    """For training and its benchmark."""
+    torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it
+    torch.backends.cudnn.benchmark = True  # all batches have one shape
+    gradnorm.CHECK_VALUES = False  # the data fit
+
+
 def run_script(main, when_interrupted):
     """Calls a script's `main`. A user's mistake, or a file that cannot be read or written, ends in one line, once per
     machine, and Ctrl-C in another."""
@@ -876,9 +883,7 @@ def run_script(main, when_interrupted):
 def main():
     args, checkpoint = parse_args()
     device = start_process()
-    torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it
-    torch.backends.cudnn.benchmark = True  # all batches have one shape
-    gradnorm.CHECK_VALUES = False  # these data fit
+    prefer_speed()
     torch.manual_seed(args.seed)  # the same first weights on every rank
     train(args, checkpoint, device)
 

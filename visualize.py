@@ -155,7 +155,7 @@ def accuracy(runs):
 def sweep(runs):
     """Accuracy under attack against ε, from the results of evaluate.py --sweep; the training ε is marked."""
     figure, ax = curves()
-    swept = results(runs, "*-sweep*.json")
+    swept = common_results(runs, "*-sweep*.json")
     if not swept:
         raise Mistake("the runs have no common sweep: python evaluate.py "
                       f"{' '.join(str(run['checkpoint']) for run in runs)} --sweep 32 --steps 100")
@@ -218,7 +218,7 @@ def column(run, name):
     return [line["epoch"] for line in run["metrics"]], [line[name] for line in run["metrics"]]
 
 
-def results(runs, pattern, eps=None):
+def common_results(runs, pattern, eps=None):
     """Of the results whose files fit the pattern, that have ε, and that all runs have under the same name, which says
     the attack and the images: those of most images and steps, one per run, or None."""
     common = [{result["file"]: result for result in run["results"] if fnmatch(result["file"], pattern)
@@ -232,7 +232,7 @@ def robust_accuracies(runs):
     """The attack's name, and the robust accuracy of each run at the training ε of the first: AutoAttack's where all
     runs have it, else PGD's."""
     eps = runs[0]["config"]["eps"]
-    best = results(runs, "autoattack-*.json", eps) or results(runs, "pgd*.json", eps)
+    best = common_results(runs, "autoattack-*.json", eps) or common_results(runs, "pgd*.json", eps)
     if not best:
         raise Mistake(f"the runs have no common result at ε = {fraction(runs[0])}: python evaluate.py "
                       f"{' '.join(str(run['checkpoint']) for run in runs)} --eps {fraction(runs[0])}")

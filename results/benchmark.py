@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import gradnorm
 import train
 
 METHODS = {  # name: (flags of train.py, cost in forward passes)
@@ -32,9 +31,7 @@ METHODS = {  # name: (flags of train.py, cost in forward passes)
 
 def make_step(model, optimizer, args, x, y):
     """A function that makes the k-th step of train.py's loop, on this batch, after the warm-up."""
-    objective = train.Objective(model, args)
-    if args.compile:
-        objective.compile()
+    objective = train.parallel(train.Objective(model, args), args, x.device)
     scaler = torch.amp.GradScaler(x.device.type, enabled=args.amp == "fp16")
     ramp = torch.ones((), device=x.device)
 
@@ -57,8 +54,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=20, help="steps of each method that are timed")
     args = parser.parse_args()
     device = train.start_process()
-    torch.set_float32_matmul_precision("high")  # as train.py
-    torch.backends.cudnn.benchmark, gradnorm.CHECK_VALUES = True, False
+    train.prefer_speed()
     model = train.build_model(args.model, 3, 10, args.activation, image_size=args.image_size).to(device).train()
     train.freeze_batchnorm(model)
     # One optimiser for all, at a rate of 0: the same work, and the weights stay as they are.
