@@ -198,15 +198,10 @@ def square(model, x, y, *, eps, seeds, queries=5000, p=0.8, batch_size=256):
         image = torch.arange(len(up), device=x.device)
         window = (image[:, None, None, None], channel, (top[:, None] + offset)[:, None, :, None],
                   (left[:, None] + offset)[:, None, None, :])
-        new = torch.where(up, s.highest[window], s.lowest[window])
-        rows = (new != s.x[window]).flatten(1).any(1).nonzero()[:, 0]  # to change nothing has a known answer
-        if len(rows):
-            proposal = s.x[rows]
-            proposal[window[0][:len(rows)], channel, window[2][rows], window[3][rows]] = new[rows]
-            proposed = margin(predict(model, proposal, batch_size), s.y[rows])
-            lower = (proposed < s.margin[rows]).nonzero()[:, 0]
-            rows = rows[lower]
-            s.x[rows], s.margin[rows] = proposal[lower], proposed[lower]
+        proposal = s.x.clone()
+        proposal[window] = torch.where(up, s.highest[window], s.lowest[window])
+        proposed = margin(predict(model, proposal, batch_size), s.y)
+        s.x, s.margin = pick(proposed < s.margin, proposal, s.x), torch.minimum(proposed, s.margin)
     return found
 
 

@@ -272,16 +272,13 @@ def load_run(path, data_dir=None):
 
 
 def told_apart(runs):
-    """Checks that the runs are of the same data. Those of one method get markers and the names of their folders, with
-    those of the folders above where these are the same."""
+    """Checks that the runs are of the same data. Those of one method get markers, and their folders for names."""
     train.check_same_data({run["path"]: run["config"] for run in runs})
-    names = [run["path"].resolve().name for run in runs]
+    above = os.path.commonpath([run["path"].resolve().parent for run in runs])
     for method in COLOURS:
         same = [run for run in runs if run["method"] == method]
         for run, marker in zip(same if len(same) > 1 else [], "osD^vPX*" * len(same)):
-            path = run["path"].resolve()
-            label = path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}"
-            run |= {"label": label, "marker": marker}
+            run |= {"label": os.path.relpath(run["path"].resolve(), above), "marker": marker}
     return runs
 
 
