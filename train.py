@@ -166,8 +166,6 @@ def train(args, checkpoint, device):
         metrics.append({"epoch": epoch + 1, "loss": loss, "lr": lr, "seconds": seconds,
                         **evaluate(kept, eval_images, eval_labels, args.eps, args.batch_size, device)})
         if RANK == 0:  # the checkpoint last: after a kill before it, the epoch is repeated and all is written anew
-            if epoch == 0 and (output_dir / "checkpoint.pt").exists():
-                raise Mistake(f"another run has begun to write into {output_dir}: choose another --output-dir")
             save_gradients(output_dir / f"gradients/{epoch + 1:04d}.pt", kept, eval_images[:4], eval_labels[:4], device)
             with replace(output_dir / "metrics.jsonl") as file:
                 file.writelines(json.dumps(line).encode() + b"\n" for line in metrics)
@@ -356,12 +354,11 @@ def load_dataset(args, train):
     return dataset
 
 
-def check_same_data(configs, data_dir=None):
+def check_same_data(configs):
     """Raises Mistake if runs, {path: configuration}, were not trained on the same data."""
     (first, config), *others = configs.items()
-    folder = ("data_dir",) if config["dataset"] == "imagefolder" and not data_dir else ()
     for path, other in others:
-        for name in ("dataset", "classes", "val_images", "pixels", *folder):
+        for name in ("dataset", "classes", "images", "val_images", "pixels"):
             if other.get(name) != config.get(name):
                 raise Mistake(f"{path} was trained with the {name} {other.get(name)}, {first} with {config.get(name)}: "
                               "take them one by one")
@@ -528,6 +525,9 @@ class ConvNet(nn.Module):
     def __init__(self, channels, classes, image_size, width=64):
         super().__init__()
         layers = [nn.Conv2d(channels, width, kernel_size=4, stride=4)]
+        if image_size > 32:  # in two steps and overlapping: the input gradients are finer than the patches
+            layers = [nn.Conv2d(channels, width // 4, kernel_size=4, stride=2, padding=1), nn.GELU(),
+                      nn.Conv2d(width // 4, width, kernel_size=4, stride=2, padding=1)]
         for stage in range(1 + max(0, round(math.log2(image_size / 32)))):
             if stage > 0:
                 layers.append(nn.Conv2d(width, 2 * width, kernel_size=2, stride=2))
@@ -633,7 +633,7 @@ def load_checkpoint(path, device="cpu"):
     config = checkpoint["config"] | {"epoch": checkpoint["epoch"]}
     model = build_model(config["model"], config["channels"], len(config["classes"]), config["activation"],
                         image_size=config["pixels"])
-    if checkpoint["ema"]:
+    if checkpoint.get("ema"):
         averaged = AveragedModel(model, use_buffers=True)
         averaged.load_state_dict(checkpoint["ema"])
         model = averaged.module
