@@ -526,8 +526,8 @@ class ConvNet(nn.Module):
         super().__init__()
         layers = [nn.Conv2d(channels, width, kernel_size=4, stride=4)]
         if image_size > 32:  # in two steps and overlapping: the input gradients are finer than the patches
-            layers = [nn.Conv2d(channels, width // 4, kernel_size=4, stride=2, padding=1), nn.GELU(),
-                      nn.Conv2d(width // 4, width, kernel_size=4, stride=2, padding=1)]
+            layers = [nn.Conv2d(channels, width // 2, kernel_size=4, stride=2, padding=1), nn.GELU(),
+                      nn.Conv2d(width // 2, width, kernel_size=4, stride=2, padding=1)]
         for stage in range(1 + max(0, round(math.log2(image_size / 32)))):
             if stage > 0:
                 layers.append(nn.Conv2d(width, 2 * width, kernel_size=2, stride=2))
