@@ -1814,6 +1814,19 @@ def test_bad_input_of_the_evaluation_ends_in_one_line(checkpoint, folder, tmp_pa
         run(tmp_path / "other.pt", "--num-images", "12", script=evaluate)
 
 
+@pytest.mark.parametrize("path", sorted(HERE.glob("results/*/*/checkpoint.pt")),
+                         ids=lambda path: f"{path.parent.parent.name}-{path.parent.name}")
+def test_published_checkpoints_are_those_of_the_results_beside_them(path, recwarn):
+    published = visualize.load_run(path)
+    assert published["results"] and published["metrics"] and not recwarn  # none of another file
+    model, config = train.load_checkpoint(path)
+    if config["dataset"] == "shapes":
+        images, labels = train.held_out(train.load_test_set(config), 1000)
+        clean = 100 * (model(images / 255).argmax(1) == labels).double().mean().item()
+        assert clean == pytest.approx(published["results"][0]["clean_accuracy"], abs=0.2)
+    assert "start from it with --init" in mistake("--output-dir", path.parent, "--resume")
+
+
 # The pictures
 
 

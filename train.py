@@ -777,6 +777,8 @@ def parse_args():
         if not args.resume:
             raise Mistake(f"{path} exists already: go on with --resume, or choose another --output-dir")
         checkpoint = read_checkpoint(path)
+        if "optimizer" not in checkpoint:
+            raise Mistake(f"{path} holds a published network: start from it with --init, into another --output-dir")
         config = checkpoint["config"]
         parent, world_size = config["parent"], config["world_size"]
         names = vars(args).keys() - {"resume", "output_dir"}

@@ -17,14 +17,25 @@ export OMP_NUM_THREADS=1
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
 
 
-# The pictures gradients.png, attack.png and epochs.png, in ten minutes.
+publish() {  # publish RUN: its weights and settings, without the state of the optimiser, into results/
+    mkdir -p results/$1
+    cp runs/$1/metrics.jsonl results/$1
+    python -c 'import sys, torch, train
+checkpoint = train.read_checkpoint(sys.argv[1])
+torch.save({name: checkpoint[name] for name in ("model", "config", "epoch")}, sys.argv[2])' \
+        runs/$1 results/$1/checkpoint.pt
+}
+
+
+# The pictures gradients.png, attack.png and epochs.png, and the published networks of shapes, in ten minutes.
 
 shapes() {
     local method
     for method in natural gradnorm adversarial; do
         python train.py --method $method --output-dir runs/shapes/$method --resume
+        publish shapes/$method
     done
-    python evaluate.py runs/shapes/{natural,gradnorm,adversarial}/checkpoint.pt
+    python evaluate.py results/shapes/{natural,gradnorm,adversarial}
     python visualize.py gradients runs/shapes/{natural,gradnorm,adversarial} --output results/gradients.png
     python visualize.py epochs runs/shapes/{natural,gradnorm,adversarial} --output results/epochs.png
     python visualize.py attack runs/shapes/{natural,gradnorm} --output results/attack.png
