@@ -20,10 +20,8 @@ import hashlib
 import json
 import math
 import os
-import statistics
 import time
 import warnings
-from bisect import bisect_left
 from types import SimpleNamespace
 
 import numpy as np
@@ -190,7 +188,7 @@ def square(model, x, y, *, eps, seeds, queries=5000, p=0.8, batch_size=256):
             keep(s, ~wrong)
         if not len(s.row) or query == queries:
             break
-        halvings = bisect_left([10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000], query)  # the published schedule of p
+        halvings = sum(query > k for k in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))  # the published schedule
         side = min(max(round(math.sqrt(p / 2**halvings * height * width)), 1), height, width)
         offset = torch.arange(side, device=x.device)
         top, left = ((s.numbers[:, query, i] * (room - side + 1)).long() for i, room in enumerate((height, width)))
@@ -365,10 +363,7 @@ def run_attack(turn, model, x, y, state, *, steps=10, batch_size=256, rank=0, wo
         closer.append((some[fell], found[fell]))
         state["radius"][some[fell]] = radius[fell]
     if world_size > 1:
-        parts, fell = [None] * world_size, torch.cat([rows[:0], *(some for some, _ in closer)])
-        dist.all_gather_object(parts, (fell.cpu(), state["radius"][fell].cpu()))
-        for fell, radius in parts:
-            state["radius"][fell.to(y.device)] = radius.to(y.device)
+        dist.all_reduce(state["radius"], dist.ReduceOp.MIN)
     return closer
 
 
@@ -423,9 +418,19 @@ def main():
     device = train.start_process()
     torch.set_float32_matmul_precision("highest")  # rounding decides no verdict
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
-    models, x, y = load_models_and_images(args, device)
+    models = {path: (*train.load_checkpoint(path, device), hashlib.sha256(path.read_bytes()).hexdigest())
+              for path in args.checkpoints}
+    config = models[args.checkpoints[0]][1]
+    train.check_same_data({path: other for path, (_, other, _) in models.items()})
+    with train.rank_zero_first():
+        test_set = train.load_test_set(config, args.data_dir)
+    if args.num_images > len(test_set):
+        raise Mistake(f"--num-images {args.num_images}: there are {len(test_set)} held-out images")
+    if config["val_images"] and RANK == 0:
+        warnings.warn(f"on the training images that --val-images {config['val_images']} held out, not on test images")
+    x, y = train.held_out(test_set, args.num_images)
     args.images_sha256 = hashlib.sha256(x.numpy()).hexdigest()
-    results = {path: evaluate_checkpoint(path, *loaded, x, y, args) for path, loaded in models.items()}
+    results = {path: evaluate_checkpoint(path, *loaded, x, y.to(device), args) for path, loaded in models.items()}
     if RANK == 0:
         print_table(results, args)
         for path in results:  # kept until all of them are evaluated
@@ -440,14 +445,13 @@ def evaluate_checkpoint(path, model, config, sha256, x, y, args):
     settings = {"sha256": sha256} | {name: getattr(args, name) for name in (
         "images_sha256", "attack", "eps", "steps", "restarts", "num_images")}
     state = initial_state(model, x, y, args.batch_size)
-    progress = {"settings": settings, "radius": state["radius"].tolist(), "done": 0, "after": {}, "seconds": 0.0}
+    shared = [{"settings": settings, "radius": state["radius"].tolist(), "done": 0, "after": {}, "seconds": 0.0}]
     if RANK == 0 and path_of_progress.exists():
         saved = json.loads(path_of_progress.read_bytes())
-        progress = saved if saved["settings"] == settings else progress
-    shared = [progress]
+        shared = [saved] if saved["settings"] == settings else shared
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(shared)
-    progress = shared[0]
+    progress, = shared
     state["radius"] = torch.tensor(progress["radius"], dtype=torch.double, device=y.device)
 
     turns = {"clean": [], "pgd": pgd_turns(args.radii, args.restarts),
@@ -479,22 +483,6 @@ def evaluate_checkpoint(path, model, config, sha256, x, y, args):
     return result
 
 
-def load_models_and_images(args, device):
-    """Checkpoint -> (model, configuration, SHA-256), and the images (N, C, H, W) uint8 and labels that they meet."""
-    models = {path: (*train.load_checkpoint(path, device), hashlib.sha256(path.read_bytes()).hexdigest())
-              for path in args.checkpoints}
-    config = models[args.checkpoints[0]][1]
-    train.check_same_data({path: other for path, (_, other, _) in models.items()})
-    with train.rank_zero_first():
-        test_set = train.load_test_set(config, args.data_dir)
-    if args.num_images > len(test_set):
-        raise Mistake(f"--num-images {args.num_images}: there are {len(test_set)} held-out images")
-    if config["val_images"] and RANK == 0:
-        warnings.warn(f"on the training images that --val-images {config['val_images']} held out, not on test images")
-    images, labels = train.held_out(test_set, args.num_images)
-    return models, images, labels.to(device)
-
-
 def result_path(path, args):
     """runs/x/autoattack-500-eps4-8.json for runs/x/checkpoint.pt at 4/255 and 8/255, runs/x/best-... for best.pt."""
     stem = "" if path.stem == "checkpoint" else f"{path.stem}-"
@@ -522,7 +510,7 @@ def print_table(results, args):
         paths, seeds, accuracies = zip(*repeat)
         if len(repeat) > 1 and len({*seeds}) == len(seeds):
             rows.append([f"{os.path.commonprefix(paths)}*, {len(seeds)} seeds",
-                         *(f"{statistics.mean(a):.2f} ± {statistics.stdev(a):.2f}" for a in zip(*accuracies))])
+                         *(f"{np.mean(a):.2f} ± {np.std(a, ddof=1):.2f}" for a in zip(*accuracies))])
     if args.sweep is not None:
         rows = list(zip(*rows))  # one row per ε
     for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]:

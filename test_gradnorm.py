@@ -646,6 +646,7 @@ def test_a_run_leaves_what_it_promises(folder, tmp_path, capsys):
 
     kept = torch.load(tmp_path / "gradients/0002.pt", weights_only=True)
     assert len(set(kept["labels"].tolist())) == 3  # four images of three classes: they take turns
+    assert kept["images"].untyped_storage().nbytes() == kept["images"].nbytes  # these alone, of all that were evaluated
     expected = input_gradient(model, kept["images"].float() / 255, kept["labels"])
     torch.testing.assert_close(kept["gradients"].float(), expected, rtol=1e-2, atol=1e-8)
 
@@ -1843,14 +1844,12 @@ def drawable(paths):
 
 def curves(figure):
     """label -> (x, y) of each line, as it is drawn."""
-    visualize.matplotlib().close(figure)
     return {(line.get_label(), line.get_linestyle(), line.get_color()): (line.get_xdata(), line.get_ydata())
             for ax in figure.axes for line in ax.get_lines()}
 
 
 def columns(figure, count):
     """Each column of a captioned grid: its title, its images (N, C, H, W), and its captions."""
-    visualize.matplotlib().close(figure)
     for i in range(count):
         axes = figure.axes[i::count]
         images = [torch.as_tensor(np.array(ax.get_images()[0].get_array())).permute(2, 0, 1) for ax in axes]

@@ -19,7 +19,6 @@ import datetime
 import json
 import math
 import os
-import pickle
 import sys
 import time
 import traceback
@@ -36,7 +35,7 @@ from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_convert
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset, default_convert
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -94,9 +93,7 @@ def train(args, checkpoint, device):
     objective = parallel(Objective(model, args), args, device)
     optimizer = build_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    ema = None
-    if args.ema_decay:
-        ema = AveragedModel(model, avg_fn=moving_average(args.ema_decay), use_buffers=True)
+    ema = AveragedModel(model, avg_fn=moving_average(args.ema_decay), use_buffers=True) if args.ema_decay else None
     kept = ema.module if ema else model  # what load_checkpoint will give
 
     first_epoch, metrics = 0, []
@@ -127,7 +124,7 @@ def train(args, checkpoint, device):
         loader.sampler.set_epoch(epoch)
         model.train()
         if args.parent:  # --init: as in the paper, the statistics of the network that it starts from stay
-            freeze_batchnorm(model)
+            batchnorms(model).eval()
         losses, start = [], time.perf_counter()
         bar = tqdm(loader, leave=False, desc=f"epoch {epoch + 1}/{args.epochs}", disable=True if RANK else None)
         for step, (x, y) in enumerate(bar, start=epoch * len(loader)):
@@ -166,7 +163,9 @@ def train(args, checkpoint, device):
         metrics.append({"epoch": epoch + 1, "loss": loss, "lr": lr, "seconds": seconds,
                         **evaluate(kept, eval_images, eval_labels, args.eps, args.batch_size, device)})
         if RANK == 0:  # the checkpoint last: after a kill before it, the epoch is repeated and all is written anew
-            save_gradients(output_dir / f"gradients/{epoch + 1:04d}.pt", kept, eval_images[:4], eval_labels[:4], device)
+            x, y = eval_images[:4].clone(), eval_labels[:4].clone()  # a view would save all of them
+            gradients = input_gradient(kept, x.to(device).float() / 255, y.to(device)).bfloat16().cpu()
+            torch.save({"images": x, "labels": y, "gradients": gradients}, output_dir / f"gradients/{epoch + 1:04d}.pt")
             with replace(output_dir / "metrics.jsonl") as file:
                 file.writelines(json.dumps(line).encode() + b"\n" for line in metrics)
             with replace(output_dir / "checkpoint.pt") as file:
@@ -203,9 +202,8 @@ def learning_rate(step, warmup_steps, total_steps, peak, floor=1e-5):
 def build_optimizer(model, args):
     """AdamW, or SGD with momentum. Weight decay is for the weights of linear layers and convolutions; norms, biases,
     class tokens, position embeddings, Swin's bias tables and layer scales are exempt, as is usual."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in named if name.endswith("weight") and p.ndim > 1]
-    exempt = [p for name, p in named if not (name.endswith("weight") and p.ndim > 1)]
+    decayed = [p for name, p in model.named_parameters() if name.endswith("weight") and p.ndim > 1]
+    exempt = [p for name, p in model.named_parameters() if not (name.endswith("weight") and p.ndim > 1)]
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=args.lr, fused=decayed[0].is_cuda or None)
@@ -213,13 +211,8 @@ def build_optimizer(model, args):
 
 
 def batchnorms(model):
-    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-
-
-def freeze_batchnorm(model):
-    """BatchNorm into eval mode, so that its statistics stay as they are."""
-    for module in batchnorms(model):
-        module.eval()
+    """Its BatchNorm layers, whose statistics stay as they are in eval mode."""
+    return nn.ModuleList(module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
 
 
 # Evaluation
@@ -256,13 +249,6 @@ def mean_over_ranks(values):
     if WORLD_SIZE > 1:
         dist.all_reduce(values)
     return (values / WORLD_SIZE).tolist()
-
-
-def save_gradients(path, model, images, labels, device):
-    """What the picture of gradient against epoch needs; bfloat16 keeps the range of float32 in half its size."""
-    gradients = input_gradient(model, images.to(device).float() / 255, labels.to(device))
-    with replace(path) as file:
-        torch.save({"images": images, "labels": labels, "gradients": gradients.bfloat16().cpu()}, file)
 
 
 # Data
@@ -316,17 +302,12 @@ def held_out(test_set, n, rank=0, world_size=1):
     return torch.stack([test_set[i][0] for i in chosen]), torch.as_tensor(test_set.targets)[chosen]
 
 
-class Images(Dataset):
+class Images(TensorDataset):
     """A data set in memory: images (N, C, H, W) uint8, targets (N,), the names of the classes."""
 
     def __init__(self, images, targets, classes, transform=None):
+        super().__init__(images, targets)
         self.images, self.targets, self.classes, self.transform = images, targets, classes, transform
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.images[i], self.targets[i]
 
     def __getitems__(self, indices):
         """A whole batch at once, for the loader; the transform draws anew for each image."""
@@ -375,17 +356,14 @@ def load_test_set(config, data_dir=None):
 
 def load_part(args, train_part, augment):
     """The training or the test part of --dataset."""
-    if args.dataset == "imagefolder":
-        return load_image_folder(args, train_part, augment)
-    if args.dataset == "shapes":
-        images, targets, classes = draw_shapes(10_000, seed=0) if train_part else draw_shapes(2_000, seed=1)
-    else:
-        folder = Path(args.data_dir or "data")
-        try:
-            images, targets, classes = read_data_set(args, folder, train_part)
-        except (OSError, RuntimeError) as error:
-            raise Mistake(f"cannot find {args.dataset} in {folder.absolute()}, nor download it ({error}): put it "
-                          "there, or name its place with --data-dir") from None
+    folder = Path(args.data_dir or "data")
+    try:
+        if args.dataset == "imagefolder":
+            return load_image_folder(args, folder / ("train" if train_part else "val"), augment)
+        images, targets, classes = read_data_set(args, folder, train_part)
+    except (OSError, RuntimeError) as error:
+        raise Mistake(f"cannot read {args.dataset} from {folder.absolute()} ({error}): put the data there, or name "
+                      "their place with --data-dir") from None
     size, crop = images.shape[-1], v2.RandomCrop(images.shape[-1], padding=images.shape[-1] // 8)
     if args.dataset == "imagenette":
         size, crop = args.image_size, v2.RandomCrop(args.image_size)
@@ -394,7 +372,9 @@ def load_part(args, train_part, augment):
 
 
 def read_data_set(args, folder, train_part):
-    """A data set of torchvision, which downloads it: images (N, C, H, W) uint8, targets (N,), names of the classes."""
+    """A data set that is drawn, or downloaded: images (N, C, H, W) uint8, targets (N,), names of the classes."""
+    if args.dataset == "shapes":
+        return draw_shapes(10_000, seed=0) if train_part else draw_shapes(2_000, seed=1)
     if args.dataset == "imagenette":  # photographs of ten classes, decoded once, a little larger than the crop
         side = args.image_size * 9 // 8
         decode = v2.Compose([v2.PILToTensor(), v2.Resize(side), v2.CenterCrop(side)])
@@ -409,16 +389,12 @@ def read_data_set(args, folder, train_part):
     return images, torch.as_tensor(data.targets), data.classes
 
 
-def load_image_folder(args, train_part, augment):
-    """--data-dir/train or val, one folder of image files per class, as ImageNet has it."""
-    folder, size = Path(args.data_dir or "data") / ("train" if train_part else "val"), args.image_size
+def load_image_folder(args, folder, augment):
+    """One folder of image files per class, as ImageNet has it."""
+    size = args.image_size
     transform = train_transform(args, size, v2.RandomResizedCrop(size)) if augment else None
     transform = transform or v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)])
-    try:
-        return torchvision.datasets.ImageFolder(folder, v2.Compose([v2.PILToTensor(), transform]), loader=read_image)
-    except OSError as error:
-        raise Mistake(f"no images in {folder.absolute()} ({error}): --data-dir must hold train/ and val/, each with a "
-                      "folder per class") from None
+    return torchvision.datasets.ImageFolder(folder, v2.Compose([v2.PILToTensor(), transform]), loader=read_image)
 
 
 class BadImage(Mistake):
@@ -603,7 +579,7 @@ def check_model(model, args, image):
                       "statistics: start from a trained network with --init, which keeps them")
     trial = copy.deepcopy(model).train()  # BatchNorm would remember the step
     if args.parent:
-        freeze_batchnorm(trial)
+        batchnorms(trial).eval()
     x = (image.float() / 255).expand(min(args.batch_size, 2), -1, -1, -1)
     try:
         Objective(trial, args)(x, torch.zeros(len(x), dtype=torch.long), torch.ones(())).backward()
@@ -655,8 +631,7 @@ def read_checkpoint(path):
         checkpoint["config"]["pixels"], checkpoint["model"], checkpoint["epoch"]  # LookupError in another file
     except FileNotFoundError:
         raise Mistake(f"no checkpoint at {path}") from None
-    except (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError,
-            pickle.UnpicklingError) as error:
+    except Exception as error:  # torch.load raises of every kind
         reason = str(error).strip().splitlines() or [""]
         raise Mistake(f"{path} is not a checkpoint of train.py ({type(error).__name__}: {reason[0]})") from None
     return checkpoint
@@ -781,8 +756,7 @@ def parse_args():
             raise Mistake(f"{path} holds a published network: start from it with --init, into another --output-dir")
         config = checkpoint["config"]
         parent, world_size = config["parent"], config["world_size"]
-        names = vars(args).keys() - {"resume", "output_dir"}
-        args = parse_again(parser, {name: config[name] for name in names & config.keys()}, path)
+        args = parse_again(parser, {name: config[name] for name in vars(args).keys() & config.keys()}, path)
         if args.init and setting(read_checkpoint(args.init)["config"]) != parent:
             raise Mistake(f"{path} did not start from --init {args.init}: choose another --output-dir")
         if world_size != WORLD_SIZE:
@@ -802,8 +776,7 @@ def parse_args():
         raise Mistake(f"--data-dir {args.data_dir}: --dataset shapes reads none; choose another --dataset")
     if args.pretrained and args.model == "convnet":
         raise Mistake("--pretrained: convnet has no ImageNet weights; choose another --model")
-    if args.image_size is None:
-        args.image_size = {"imagenette": 64, "imagefolder": 224}.get(args.dataset)
+    args.image_size = args.image_size or {"imagenette": 64, "imagefolder": 224}.get(args.dataset)
     args.parent = parent
     if args.lr is None:
         args.lr = 1e-2 if args.model == "convnet" else 1e-3

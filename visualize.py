@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import warnings
-from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -70,8 +69,7 @@ def models_and_images(runs, count):
     turn; their labels (N,), and the names of these."""
     config = runs[0]["config"]
     models = [train.load_checkpoint(run["checkpoint"])[0] for run in runs]
-    test_set = train.load_test_set(config)
-    images, labels = train.held_out(test_set, min(200, len(test_set)))
+    images, labels = train.held_out(train.load_test_set(config), 200)
     x = images.float() / 255
     with torch.no_grad():
         right = torch.stack([model(x).argmax(1) == labels for model in models]).all(0)
@@ -89,8 +87,8 @@ def gradient_tiles(gradient, quantile=0.99):
 
 def captioned_grid(columns, titles, captions):
     """Columns of images (N, C, H, W) in [0, 1], each with a title above and a caption under every image."""
-    figure, axes = matplotlib().subplots(len(columns[0]), len(columns), squeeze=False, layout="constrained",
-                                         figsize=(2.2 * len(columns), 2.5 * len(columns[0]) + 0.4))
+    figure = new_figure(2.2 * len(columns), 2.5 * len(columns[0]) + 0.4)
+    axes = figure.subplots(len(columns[0]), len(columns), squeeze=False)
     for column, title, below, column_axes in zip(columns, titles, captions, axes.T):
         column_axes[0].set_title(title)
         for image, caption, ax in zip(column, below, column_axes):
@@ -102,34 +100,29 @@ def captioned_grid(columns, titles, captions):
 
 def epochs(runs, columns=10):
     """Strips of images and their ∇x L after some of the epochs; under them, mean ‖∇x L‖₁ of the held-out images."""
-    plt = matplotlib()
-    strips = []
-    for run in runs:
+    across = 1 + min(columns, max(len(run["metrics"]) for run in runs))
+    height = 16 / across
+    figure = new_figure(10, len(runs) * (height + 0.5) + 3.4)
+    *strip_axes, curve = figure.subplots(len(runs) + 1, 1, height_ratios=[height] * len(runs) + [3.0])
+    for run, ax in zip(runs, strip_axes):
         files = [run["path"] / f"gradients/{line['epoch']:04d}.pt" for line in run["metrics"]]
         if not files or not all(file.exists() for file in files):
             raise Mistake(f"{run['path']}/gradients lacks epochs: train.py writes a file into it after each")
         files = [files[round(i)] for i in torch.linspace(0, len(files) - 1, min(columns, len(files))).tolist()]
         kept = [torch.load(file, weights_only=True) for file in files]
         tiles = [kept[0]["images"][:2] / 255, *(gradient_tiles(each["gradients"].float()[:2]) for each in kept)]
-        strips.append((make_grid(torch.stack(tiles, dim=1).flatten(0, 1), nrow=len(tiles), padding=1, pad_value=1.0),
-                       ["image", *(str(int(file.stem)) for file in files)]))
-    across = max(len(shown) for _, shown in strips)
-    width = 8.0
-    figure = plt.figure(figsize=(width + 2, len(runs) * (2 * width / across + 0.5) + 3.4), layout="constrained")
-    *strip_axes, curve = figure.subplots(len(runs) + 1, 1, height_ratios=[2 * width / across] * len(runs) + [3.0])
-    for (strip, shown), run, ax in zip(strips, runs, strip_axes):
-        ax.imshow(strip.permute(1, 2, 0).numpy(), interpolation="nearest", extent=(0, len(shown), 0, 2))
+        strip = make_grid(torch.stack(tiles, dim=1).flatten(0, 1), nrow=len(tiles), padding=1, pad_value=1.0)
+        ax.imshow(strip.permute(1, 2, 0).numpy(), interpolation="nearest", extent=(0, len(tiles), 0, 2))
         ax.set(xlim=(0, across), yticks=[])
-        ax.set_xticks([i + 0.5 for i in range(len(shown))], shown)
+        ax.set_xticks([i + 0.5 for i in range(len(tiles))], ["image", *(str(int(file.stem)) for file in files)])
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
         ax.set_title(f"{run['label']}: ∇x L after epoch", color=run["colour"], loc="left")
-    for run in runs:
         plot(curve, run, *column(run, "gradient_norm"))
     curve.set_yscale("log")
-    curve.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+    curve.locator_params(axis="y", subs=(1, 2, 5))
     curve.yaxis.set_major_formatter("{x:g}")
-    curve.yaxis.set_minor_locator(plt.NullLocator())
+    curve.minorticks_off()
     curve.set(xlabel="epoch", ylabel="mean ‖∇x L‖₁ (pixels in [0, 1])")
     curve.locator_params(axis="x", integer=True)
     curve.grid(color="0.9")
@@ -169,14 +162,20 @@ def sweep(runs):
 
 
 def cost(runs):
-    """Robust accuracy against the time of training, one point per run."""
+    """Robust accuracy at the training ε of the first run against the time of training, one point per run: AutoAttack's
+    where all runs have it, else PGD's."""
     figure, ax = curves()
-    attack, robust = robust_accuracies(runs)
+    eps = runs[0]["config"]["eps"]
+    best = common_results(runs, "autoattack-*.json", eps) or common_results(runs, "pgd*.json", eps)
+    if not best:
+        raise Mistake(f"the runs have no common result at ε = {fraction(runs[0])}: python evaluate.py "
+                      f"{' '.join(str(run['checkpoint']) for run in runs)} --eps {fraction(runs[0])}")
     times = [sum(column(run, "seconds")[1]) / 60 for run in runs]
-    for run, minutes, value in zip(runs, times, robust):
-        plot(ax, run, [minutes], [value], markersize=9, linestyle="none")
+    for run, minutes, result in zip(runs, times, best):
+        robust = result["robust_accuracy"][result["radii"].index(eps)]
+        plot(ax, run, [minutes], [robust], markersize=9, linestyle="none")
     ax.set(xlabel="training time (minutes)", xlim=(0, 1.15 * max(times)),
-           ylabel=f"{attack} accuracy (%), ε = {fraction(runs[0])}")
+           ylabel=f"{attack_name(best[0])} accuracy (%), ε = {fraction(runs[0])}")
     figure.legend(loc="outside right upper")
     return figure
 
@@ -188,20 +187,20 @@ PICTURES = {"gradients": gradients, "epochs": epochs, "accuracy": accuracy, "swe
 # What they are made of
 
 
-def matplotlib():
+def new_figure(width, height):
+    """A figure outside pyplot, which would look for a screen and keep it."""
     try:
-        import matplotlib
+        import matplotlib.figure
     except ImportError:
         raise Mistake("pictures need matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")  # no screen
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False,
-                         "legend.frameon": False})
-    return plt
+    matplotlib.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False,
+                                "legend.frameon": False})
+    return matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
 
 
 def curves():
-    figure, ax = matplotlib().subplots(figsize=(8, 4.5), layout="constrained")
+    figure = new_figure(8, 4.5)
+    ax = figure.subplots()
     ax.grid(color="0.9")
     return figure, ax
 
@@ -221,22 +220,11 @@ def column(run, name):
 def common_results(runs, pattern, eps=None):
     """Of the results whose files fit the pattern, that have ε, and that all runs have under the same name, which says
     the attack and the images: those of most images and steps, one per run, or None."""
-    common = [{result["file"]: result for result in run["results"] if fnmatch(result["file"], pattern)
+    common = [{result["file"]: result for result in run["results"] if Path(result["file"]).match(pattern)
                and (eps is None or eps in result["radii"])} for run in runs]
     names = set.intersection(*map(set, common))
     best = max(names, key=lambda name: (common[0][name]["num_images"], common[0][name]["steps"], name), default=None)
     return best and [each[best] for each in common]
-
-
-def robust_accuracies(runs):
-    """The attack's name, and the robust accuracy of each run at the training ε of the first: AutoAttack's where all
-    runs have it, else PGD's."""
-    eps = runs[0]["config"]["eps"]
-    best = common_results(runs, "autoattack-*.json", eps) or common_results(runs, "pgd*.json", eps)
-    if not best:
-        raise Mistake(f"the runs have no common result at ε = {fraction(runs[0])}: python evaluate.py "
-                      f"{' '.join(str(run['checkpoint']) for run in runs)} --eps {fraction(runs[0])}")
-    return attack_name(best[0]), [result["robust_accuracy"][result["radii"].index(eps)] for result in best]
 
 
 def attack_name(result):
@@ -283,9 +271,8 @@ def told_apart(runs):
 
 
 def save(figure, path):
-    with train.replace(path) as file:
-        figure.savefig(file, dpi=150, format="png")
-    matplotlib().close(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, format="png")
     print(path)
 
 
@@ -307,7 +294,6 @@ def main():
         return
     runs = told_apart([load_run(path, args.data_dir) for path in args.runs])
     output = args.output or runs[0]["path"].resolve().parent / f"{args.picture}.png"
-    output.parent.mkdir(parents=True, exist_ok=True)
     save(PICTURES[args.picture](runs), output)
 
 
@@ -326,7 +312,6 @@ def draw_all(args):
     for folder, runs in folders.items():
         runs = sorted(runs, key=lambda run: list(COLOURS).index(run["method"]))
         output = args.output or folder
-        output.mkdir(parents=True, exist_ok=True)
         for name, draw in PICTURES.items():
             try:
                 save(draw(told_apart(runs)), output / f"{name}.png")

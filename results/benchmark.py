@@ -56,7 +56,7 @@ def main():
     device = train.start_process()
     train.prefer_speed()
     model = train.build_model(args.model, 3, 10, args.activation, image_size=args.image_size).to(device).train()
-    train.freeze_batchnorm(model)
+    train.batchnorms(model).eval()
     # One optimiser for all, at a rate of 0: the same work, and the weights stay as they are.
     optimizer = train.build_optimizer(model, argparse.Namespace(**vars(args) | {"lr": 0.0}))
     x = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=device)
