@@ -4,8 +4,9 @@
 #
 #     bash results/study.sh twenty_epochs activation
 #
-# The parts: shapes, twenty_epochs, ten_epochs, pictures (of the two before), activation, optimiser, weight, h_and_k,
-# learning_rates, step_sizes, lengths. All of them together take about half a day on one processor core.
+# The parts: shapes, photograph_settings, twenty_epochs, ten_epochs, pictures (of the two before), activation,
+# optimiser, weight, h_and_k, learning_rates, step_sizes, lengths. All of them together take about a day on one
+# processor core.
 #
 # --amp bf16 is for processors with matrix units for bf16, and for GPUs; leave it out on others.
 
@@ -39,6 +40,33 @@ shapes() {
     python visualize.py gradients runs/shapes/{natural,gradnorm,adversarial} --output results/gradients.png
     python visualize.py epochs runs/shapes/{natural,gradnorm,adversarial} --output results/epochs.png
     python visualize.py attack runs/shapes/{natural,gradnorm} --output results/attack.png
+}
+
+
+# How the settings for photographs were chosen: on 1,000 held-out training images of Imagenette, five epochs from the
+# weights of a natural training that has not seen them.
+
+photographs() {  # photographs FOLDER/NAME FLAGS...: one training
+    local name=$1
+    shift
+    python train.py --dataset imagenette --augment basic --eval-images 200 --output-dir runs/$name --resume "$@"
+}
+
+photograph_settings() {
+    local lr folder=imagenette-settings
+    photographs $folder/natural --method natural --epochs 30 --val-images 1000
+    photographs $folder/natural-3e-3 --method natural --epochs 30 --val-images 1000 --lr 3e-3
+    publish $folder/natural
+    python evaluate.py {results/$folder/natural,runs/$folder/natural-3e-3} --attack clean --num-images 1000
+    for lr in 1e-2 3e-3; do
+        robust $folder/gradnorm-$lr --method gradnorm --lr $lr
+        robust $folder/adversarial-$lr --method adversarial --lr $lr
+    done
+}
+
+robust() {
+    photographs "$@" --init results/imagenette-settings/natural --val-images 1000 --epochs 5 --warmup-epochs 1
+    python evaluate.py runs/$1 --eps 4/255 --steps 20 --num-images 1000
 }
 
 
