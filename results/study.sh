@@ -62,6 +62,8 @@ photograph_settings() {
         robust $folder/gradnorm-$lr --method gradnorm --lr $lr
         robust $folder/adversarial-$lr --method adversarial --lr $lr
     done
+    robust $folder/single --method adversarial --steps 1
+    robust $folder/every-2 --method gradnorm --h 2/255 --gradnorm-every 2
 }
 
 robust() {
