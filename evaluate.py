@@ -418,10 +418,12 @@ def main():
     device = train.start_process()
     torch.set_float32_matmul_precision("highest")  # rounding decides no verdict
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
+    if len({result_path(path.resolve(), args) for path in args.checkpoints}) < len(args.checkpoints):
+        raise Mistake("two of the checkpoints have one name in one folder: their results would be one file")
     models = {path: (*train.load_checkpoint(path, device), hashlib.sha256(path.read_bytes()).hexdigest())
               for path in args.checkpoints}
     config = models[args.checkpoints[0]][1]
-    train.check_same_data({path: other for path, (_, other, _) in models.items()})
+    train.check_same_data({path: other for path, (_, other, _) in models.items()}, args.data_dir)
     with train.rank_zero_first():
         test_set = train.load_test_set(config, args.data_dir)
     if args.num_images > len(test_set):
@@ -429,8 +431,9 @@ def main():
     if config["val_images"] and RANK == 0:
         warnings.warn(f"on the training images that --val-images {config['val_images']} held out, not on test images")
     x, y = train.held_out(test_set, args.num_images)
+    y = y.to(device)  # x follows batch by batch
     args.images_sha256 = hashlib.sha256(x.numpy()).hexdigest()
-    results = {path: evaluate_checkpoint(path, *loaded, x, y.to(device), args) for path, loaded in models.items()}
+    results = {path: evaluate_checkpoint(path, *loaded, x, y, args) for path, loaded in models.items()}
     if RANK == 0:
         print_table(results, args)
         for path in results:  # kept until all of them are evaluated

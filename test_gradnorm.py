@@ -937,6 +937,14 @@ def test_the_average_of_a_swin_keeps_its_index_of_positions():
                        model[1].features[1][0].attn.relative_position_index)
 
 
+def test_two_runs_in_one_folder_are_stopped(folder, tmp_path, monkeypatch):
+    evaluation = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *args: (
+        (tmp_path / "checkpoint.pt").write_bytes(b"another run's"), evaluation(*args))[1])
+    assert "another run" in mistake(*flags_for(folder, tmp_path))
+    assert (tmp_path / "checkpoint.pt").read_bytes() == b"another run's"
+
+
 def test_erasing_gives_normal_noise_in_one_rectangle_per_image():
     image, seen, rectangles = torch.full((3, 40, 40), 115, dtype=torch.uint8), [], set()
     for _ in range(300):
@@ -1799,6 +1807,7 @@ def test_bad_input_of_the_evaluation_ends_in_one_line(checkpoint, folder, tmp_pa
     rewrite(checkpoint, tmp_path / "other.pt", val_images=12)
     rewrite(checkpoint, tmp_path / "larger.pt", pixels=32)
     rewrite(checkpoint, tmp_path / "fewer.pt", images=47)
+    rewrite(checkpoint, tmp_path / "elsewhere.pt", data_dir="/elsewhere")
     for flags, words in [
         ([tmp_path / "none.pt"], "no checkpoint at"), ([__file__], "not a checkpoint"), ([], "CHECKPOINT"),
         ([checkpoint, "--eps", "2"], "from 0 to 1"), ([checkpoint, "--eps", "4/x"], "4/x"),
@@ -1808,6 +1817,8 @@ def test_bad_input_of_the_evaluation_ends_in_one_line(checkpoint, folder, tmp_pa
         ([checkpoint, tmp_path / "other.pt", "--num-images", "12"], "one by one"),
         ([checkpoint, tmp_path / "larger.pt", "--num-images", "12"], "pixels 32"),
         ([checkpoint, tmp_path / "fewer.pt", "--num-images", "12"], "images 47"),
+        ([checkpoint, tmp_path / "elsewhere.pt", "--num-images", "12"], "data_dir /elsewhere"),
+        ([checkpoint, checkpoint.parent, "--num-images", "12"], "one name in one folder"),
     ]:
         assert words in mistake(*flags, script=evaluate)
         assert [path.name for path in checkpoint.parent.iterdir()] == ["checkpoint.pt"]

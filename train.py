@@ -163,6 +163,8 @@ def train(args, checkpoint, device):
         metrics.append({"epoch": epoch + 1, "loss": loss, "lr": lr, "seconds": seconds,
                         **evaluate(kept, eval_images, eval_labels, args.eps, args.batch_size, device)})
         if RANK == 0:  # the checkpoint last: after a kill before it, the epoch is repeated and all is written anew
+            if epoch == 0 and (output_dir / "checkpoint.pt").exists():
+                raise Mistake(f"another run has begun to write into {output_dir}: choose another --output-dir")
             x, y = eval_images[:4].clone(), eval_labels[:4].clone()  # a view would save all of them
             gradients = input_gradient(kept, x.to(device).float() / 255, y.to(device)).bfloat16().cpu()
             torch.save({"images": x, "labels": y, "gradients": gradients}, output_dir / f"gradients/{epoch + 1:04d}.pt")
@@ -335,11 +337,12 @@ def load_dataset(args, train):
     return dataset
 
 
-def check_same_data(configs):
+def check_same_data(configs, data_dir=None):
     """Raises Mistake if runs, {path: configuration}, were not trained on the same data."""
     (first, config), *others = configs.items()
+    folder = ("data_dir",) if config["dataset"] == "imagefolder" and not data_dir else ()
     for path, other in others:
-        for name in ("dataset", "classes", "images", "val_images", "pixels"):
+        for name in ("dataset", "classes", "images", "val_images", "pixels", *folder):
             if other.get(name) != config.get(name):
                 raise Mistake(f"{path} was trained with the {name} {other.get(name)}, {first} with {config.get(name)}: "
                               "take them one by one")

@@ -272,7 +272,8 @@ def told_apart(runs):
 
 def save(figure, path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, format="png")
+    with train.replace(path) as file:
+        figure.savefig(file, dpi=150, format="png")
     print(path)
 
 

@@ -46,29 +46,31 @@ shapes() {
 # How the settings for photographs were chosen: on 1,000 held-out training images of Imagenette, five epochs from the
 # weights of a natural training that has not seen them.
 
-photographs() {  # photographs FOLDER/NAME FLAGS...: one training
-    local name=$1
+photographs() {  # photographs NAME FLAGS...: one training
+    local name=imagenette-settings/$1
     shift
-    python train.py --dataset imagenette --augment basic --eval-images 200 --output-dir runs/$name --resume "$@"
+    python train.py --dataset imagenette --augment basic --val-images 1000 --eval-images 200 \
+        --output-dir runs/$name --resume "$@"
+}
+
+robust() {  # robust NAME FLAGS...: one from the natural weights, and its evaluation
+    photographs "$@" --init results/imagenette-settings/natural --epochs 5 --warmup-epochs 1
+    python evaluate.py runs/imagenette-settings/$1 --eps 4/255 --steps 20 --num-images 1000
 }
 
 photograph_settings() {
-    local lr folder=imagenette-settings
-    photographs $folder/natural --method natural --epochs 30 --val-images 1000
-    photographs $folder/natural-3e-3 --method natural --epochs 30 --val-images 1000 --lr 3e-3
-    publish $folder/natural
-    python evaluate.py {results/$folder/natural,runs/$folder/natural-3e-3} --attack clean --num-images 1000
+    local lr
+    photographs natural --method natural --epochs 30
+    photographs natural-3e-3 --method natural --epochs 30 --lr 3e-3
+    publish imagenette-settings/natural
+    python evaluate.py {results/imagenette-settings/natural,runs/imagenette-settings/natural-3e-3} --attack clean \
+        --num-images 1000
     for lr in 1e-2 3e-3; do
-        robust $folder/gradnorm-$lr --method gradnorm --lr $lr
-        robust $folder/adversarial-$lr --method adversarial --lr $lr
+        robust gradnorm-$lr --method gradnorm --lr $lr
+        robust adversarial-$lr --method adversarial --lr $lr
     done
-    robust $folder/single --method adversarial --steps 1
-    robust $folder/every-2 --method gradnorm --h 2/255 --gradnorm-every 2
-}
-
-robust() {
-    photographs "$@" --init results/imagenette-settings/natural --val-images 1000 --epochs 5 --warmup-epochs 1
-    python evaluate.py runs/$1 --eps 4/255 --steps 20 --num-images 1000
+    robust single --method adversarial --steps 1
+    robust every-2 --method gradnorm --h 2/255 --gradnorm-every 2
 }
 
 
