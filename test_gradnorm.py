@@ -619,7 +619,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 def saved(output_dir, key="model"):
-    return torch.load(Path(output_dir) / "checkpoint.pt", weights_only=True)[key]
+    return torch.load(Path(output_dir) / "checkpoint.pt", map_location="cpu", weights_only=True)[key]
 
 
 def metrics(output_dir):
@@ -1688,7 +1688,7 @@ def checkpoint(gallery, tmp_path):
 
 def rewrite(path, to=None, bias=0.0, **config):
     """Save a checkpoint with other settings, and with `bias` added to those of its last layer."""
-    checkpoint = torch.load(path, weights_only=True)
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     checkpoint["config"] |= config
     checkpoint["model"]["1.head.bias"] += torch.tensor(bias)
     torch.save(checkpoint, to or path)
@@ -1794,7 +1794,7 @@ def test_square_breaking_what_the_gradient_could_not_is_told(checkpoint, short_a
             return super().forward((x * 8).round() / 8)
 
     model, config = train.load_checkpoint(checkpoint)
-    monkeypatch.setattr(train, "load_checkpoint", lambda path, device: (Steps(model).eval(), config))
+    monkeypatch.setattr(train, "load_checkpoint", lambda path, device: (Steps(model).eval().to(device), config))
     run(checkpoint, "--attack", "autoattack", "--eps", "64/255", "--num-images", "12", script=evaluate)
     written = result(checkpoint.parent, "autoattack-12-eps64.json")["warnings"]
     assert [str(warning.message) for warning in recwarn] == [f"{checkpoint}: {line}" for line in written]

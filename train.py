@@ -208,7 +208,7 @@ def build_optimizer(model, args):
     exempt = [p for name, p in model.named_parameters() if not (name.endswith("weight") and p.ndim > 1)]
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=args.lr, fused=decayed[0].is_cuda or None)
+        return torch.optim.AdamW(groups, lr=args.lr)
     return torch.optim.SGD(groups, lr=args.lr, momentum=0.9)
 
 
