@@ -1861,12 +1861,13 @@ def curves(figure):
             for ax in figure.axes for line in ax.get_lines()}
 
 
-def columns(figure, count):
-    """Each column of a captioned grid: its title, its images (N, C, H, W), and its captions."""
+def rows(figure, count):
+    """Each of the rows of a captioned grid: its title, its images (N, C, H, W), and its captions."""
+    width = len(figure.axes) // count
     for i in range(count):
-        axes = figure.axes[i::count]
+        axes = figure.axes[i * width:(i + 1) * width]
         images = [torch.as_tensor(np.array(ax.get_images()[0].get_array())).permute(2, 0, 1) for ax in axes]
-        yield axes[0].get_title(), torch.stack(images), [ax.get_xlabel() for ax in axes]
+        yield axes[0].get_ylabel(), torch.stack(images), [ax.get_xlabel() for ax in axes]
 
 
 def classified_rightly(loaded):
@@ -1883,7 +1884,7 @@ def test_gradients_shows_the_input_gradient_of_each_model(runs):
     loaded = drawable(runs)
     models, x, labels = classified_rightly(loaded)
     assert sorted(labels.tolist()) in ([0, 0, 2], [0, 2, 2])
-    (title, images, captions), *shown = columns(visualize.gradients(loaded, count=3), 4)
+    (title, images, captions), *shown = rows(visualize.gradients(loaded, count=3), 4)
     assert title == "image" and torch.equal(images, x) and captions == [["blue", "green", "red"][i] for i in labels]
     for (title, tiles, captions), each, model in zip(shown, loaded, models, strict=True):
         assert title == each["label"]
@@ -1894,7 +1895,7 @@ def test_gradients_shows_the_input_gradient_of_each_model(runs):
             assert caption == f"L1 norm {g.abs().sum():.2g}"
     grey = visualize.gradient_tiles(torch.stack([torch.zeros(1, 4, 4), torch.arange(16.0).view(1, 4, 4) - 8]))
     assert (grey[0] == 0.5).all() and grey[1].min() == 0 and grey[1].flatten()[8] == 0.5
-    (_, images, _), = columns(visualize.captioned_grid([grey], ["a"], [["b", "c"]]), 1)
+    (_, images, _), = rows(visualize.captioned_grid([grey], ["a"], [["b", "c"]]), 1)
     assert torch.equal(images, grey.expand(2, 3, 4, 4))
 
 
@@ -1904,7 +1905,7 @@ def test_attack_shows_pgd_and_what_the_models_say(runs):
     names, fooled = ["blue", "green", "red"], 0
     for each, k in zip(loaded, (16, 64)):
         each["config"]["eps"] = k / 255
-    (_, images, captions), *shown = columns(visualize.attack(loaded, count=3), 5)
+    (_, images, captions), *shown = rows(visualize.attack(loaded, count=3), 5)
     assert torch.equal(images, x) and captions == [names[i] for i in labels]
     for model, each, k, changes, sums in zip(models, loaded, (16, 64), shown[::2], shown[1::2], strict=True):
         eps = k / 255
@@ -1918,7 +1919,7 @@ def test_attack_shows_pgd_and_what_the_models_say(runs):
         assert sums[0] == f"attacked,\nε = {k}/255"
         for said, when, pictured in ((changes[2], "before", images), (sums[2], "after", sums[1])):
             odds = model(pictured).exp() / model(pictured).exp().sum(1, keepdim=True)
-            assert said == [f"{when}: {names[row.argmax()]} {row.max():.0%}" for row in odds]
+            assert said == [f"{when}: {row.max():.0%}\n{names[row.argmax()]}" for row in odds]
         fooled += (model(attacked).argmax(1) != labels).sum()
     assert fooled > 0
 

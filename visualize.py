@@ -34,34 +34,34 @@ NAMES = {"natural": "natural", "gradnorm": "GradNorm", "adversarial": "adversari
 # data are not there, and says how to get them.
 
 
-def gradients(runs, count=4):
-    """Rows: held-out images of different classes that all models classify rightly. Columns: the image, and ∇x L of each
+def gradients(runs, count=6):
+    """Columns: held-out images of different classes that all models classify rightly. Rows: the image, and ∇x L of each
     model with its L1 norm."""
     models, x, labels, names = models_and_images(runs, count)
-    columns, captions = [x], [names]
+    rows, captions = [x], [names]
     for model in models:
         gradient = input_gradient(model, x, labels)
-        columns.append(gradient_tiles(gradient))
+        rows.append(gradient_tiles(gradient))
         captions.append([f"L1 norm {norm:.2g}" for norm in gradient.abs().sum((1, 2, 3)).tolist()])
-    return captioned_grid(columns, ["image"] + [run["label"] for run in runs], captions)
+    return captioned_grid(rows, ["image"] + [run["label"] for run in runs], captions)
 
 
-def attack(runs, count=3, steps=20):
-    """Rows: held-out images that all models classify rightly. Columns: the image; for each model, what PGD adds to it
+def attack(runs, count=4, steps=20):
+    """Columns: held-out images that all models classify rightly. Rows: the image; for each model, what PGD adds to it
     at the training ε, enlarged, and the sum. Below these, what the model says of the image before and after."""
     models, x, labels, names = models_and_images(runs, count)
-    columns, titles, captions = [x], ["image"], [names]
+    rows, titles, captions = [x], ["image"], [names]
     for model, run in zip(models, runs):
         eps, classes = run["config"]["eps"], run["config"]["classes"]
         torch.manual_seed(0)
         attacked = pgd_attack(model, x, labels, eps=eps, steps=steps)
-        columns += [(0.5 + 0.5 * (attacked - x) / eps).clamp(0, 1), attacked]
+        rows += [(0.5 + 0.5 * (attacked - x) / eps).clamp(0, 1), attacked]
         titles += [f"{run['label']}:\n{0.5 / eps:.0f} × the change", f"attacked,\nε = {fraction(run)}"]
-        for images, words in (x, "before: "), (attacked, "after: "):
+        for images, words in (x, "before"), (attacked, "after"):
             with torch.no_grad():
                 confidence, said = model(images).softmax(1).max(1)
-            captions.append([f"{words}{classes[i]} {c:.0%}" for c, i in zip(confidence.tolist(), said.tolist())])
-    return captioned_grid(columns, titles, captions)
+            captions.append([f"{words}: {c:.0%}\n{classes[i]}" for c, i in zip(confidence.tolist(), said.tolist())])
+    return captioned_grid(rows, titles, captions)
 
 
 def models_and_images(runs, count):
@@ -85,13 +85,13 @@ def gradient_tiles(gradient, quantile=0.99):
     return (0.5 + 0.5 * gradient / q[:, None, None, None]).clamp(0, 1)
 
 
-def captioned_grid(columns, titles, captions):
-    """Columns of images (N, C, H, W) in [0, 1], each with a title above and a caption under every image."""
-    figure = new_figure(2.2 * len(columns), 2.5 * len(columns[0]) + 0.4)
-    axes = figure.subplots(len(columns[0]), len(columns), squeeze=False)
-    for column, title, below, column_axes in zip(columns, titles, captions, axes.T):
-        column_axes[0].set_title(title)
-        for image, caption, ax in zip(column, below, column_axes):
+def captioned_grid(rows, titles, captions):
+    """Rows of images (N, C, H, W) in [0, 1], each with a title at its left and a caption under every image."""
+    figure = new_figure(2.2 * len(rows[0]), 2.6 * len(rows))
+    axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
+    for row, title, below, row_axes in zip(rows, titles, captions, axes):
+        row_axes[0].set_ylabel(title, fontsize="large")
+        for image, caption, ax in zip(row, below, row_axes):
             ax.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
             ax.set(xticks=[], yticks=[], xlabel=caption)
             ax.spines[:].set_visible(False)

@@ -4,9 +4,9 @@
 #
 #     bash results/study.sh twenty_epochs activation
 #
-# The parts: shapes, photograph_settings, twenty_epochs, ten_epochs, pictures (of the two before), activation,
-# optimiser, weight, h_and_k, learning_rates, step_sizes, lengths. All of them together take about a day on one
-# processor core.
+# The parts: shapes; photograph_settings, photographs, large_eps, photograph_pictures; twenty_epochs, ten_epochs,
+# pictures (of the two before), activation, optimiser, weight, h_and_k, learning_rates, step_sizes, lengths. Those of photographs take
+# minutes on a large GPU, or days on one processor core; the others together about a day on one core.
 #
 # --amp bf16 is for processors with matrix units for bf16, and for GPUs; leave it out on others.
 
@@ -28,7 +28,7 @@ torch.save({name: checkpoint[name] for name in ("model", "config", "epoch")}, sy
 }
 
 
-# The pictures gradients.png, attack.png and epochs.png, and the published networks of shapes, in ten minutes.
+# The published networks of shapes, in ten minutes.
 
 shapes() {
     local method
@@ -37,40 +37,88 @@ shapes() {
         publish shapes/$method
     done
     python evaluate.py results/shapes/{natural,gradnorm,adversarial}
-    python visualize.py gradients runs/shapes/{natural,gradnorm,adversarial} --output results/gradients.png
-    python visualize.py epochs runs/shapes/{natural,gradnorm,adversarial} --output results/epochs.png
-    python visualize.py attack runs/shapes/{natural,gradnorm} --output results/attack.png
 }
 
 
-# How the settings for photographs were chosen: on 1,000 held-out training images of Imagenette, five epochs from the
-# weights of a natural training that has not seen them.
+# Photographs: a training, its weights and metrics in results/, and its evaluation.
 
-photographs() {  # photographs NAME FLAGS...: one training
+photograph() {  # photograph FOLDER/NAME FLAGS...
+    local name=$1
+    shift
+    python train.py --dataset imagenette --augment basic --output-dir runs/$name --resume "$@"
+    publish $name
+}
+
+# How their settings were chosen: on 1,000 held-out training images of Imagenette, ten epochs from the weights of a
+# natural training that has not seen them.
+
+setting() {  # setting NAME FLAGS...
     local name=imagenette-settings/$1
     shift
-    python train.py --dataset imagenette --augment basic --val-images 1000 --eval-images 200 \
-        --output-dir runs/$name --resume "$@"
-}
-
-robust() {  # robust NAME FLAGS...: one from the natural weights, and its evaluation
-    photographs "$@" --init results/imagenette-settings/natural --epochs 5 --warmup-epochs 1
-    python evaluate.py runs/imagenette-settings/$1 --eps 4/255 --steps 20 --num-images 1000
+    photograph $name --val-images 1000 --eval-images 200 --init results/imagenette-settings/natural --epochs 10 "$@"
+    python evaluate.py results/$name --eps 4/255 --steps 20 --num-images 1000
 }
 
 photograph_settings() {
-    local lr
-    photographs natural --method natural --epochs 30
-    photographs natural-3e-3 --method natural --epochs 30 --lr 3e-3
-    publish imagenette-settings/natural
-    python evaluate.py {results/imagenette-settings/natural,runs/imagenette-settings/natural-3e-3} --attack clean \
-        --num-images 1000
-    for lr in 1e-2 3e-3; do
-        robust gradnorm-$lr --method gradnorm --lr $lr
-        robust adversarial-$lr --method adversarial --lr $lr
+    local lr lambda
+    photograph imagenette-settings/natural --method natural --epochs 30 --val-images 1000 --eval-images 200
+    photograph imagenette-settings/natural-3e-3 --method natural --epochs 30 --lr 3e-3 --val-images 1000 \
+        --eval-images 200
+    python evaluate.py results/imagenette-settings/natural{,-3e-3} --attack clean --num-images 1000
+    for lr in 1e-2 2e-2; do
+        setting gradnorm-$lr --method gradnorm --lr $lr
+        setting difference-$lr --method gradnorm --h 2/255 --lr $lr
+        setting single-$lr --method adversarial --steps 1 --lr $lr
+        setting adversarial-$lr --method adversarial --lr $lr
     done
-    robust single --method adversarial --steps 1
-    robust every-2 --method gradnorm --h 2/255 --gradnorm-every 2
+    for lambda in 0.6 0.9; do  # 1.2 is the default, at 1e-2
+        setting gradnorm-$lambda --method gradnorm --lambda-gn $lambda
+        setting difference-$lambda --method gradnorm --h 2/255 --lambda-gn $lambda
+    done
+    for lambda in 0.6 0.9 1.2; do
+        setting every-2-$lambda --method gradnorm --h 2/255 --gradnorm-every 2 --lambda-gn $lambda
+    done
+}
+
+# The first table: natural training, and 20 epochs of each method from its weights; three seeds, on the test images.
+
+seeds() {  # seeds NAME FLAGS...: SEED in the flags is the seed
+    local name=$1 seed
+    shift
+    for seed in 0 1 2; do
+        photograph imagenette/$name-$seed --seed $seed --eval-images $((seed ? 200 : 1000)) "${@//SEED/$seed}"
+    done
+    python evaluate.py results/imagenette/$name-[012] --eps 4/255 --steps 20 --num-images 3925
+}
+
+photographs() {
+    local start="--init results/imagenette/natural-SEED --epochs 20"
+    seeds natural --method natural --epochs 30
+    seeds gradnorm --method gradnorm --lr 2e-2 $start
+    seeds difference --method gradnorm --h 2/255 --lambda-gn 0.9 --lr 2e-2 $start
+    seeds every-2 --method gradnorm --h 2/255 --lambda-gn 0.9 --lr 2e-2 --gradnorm-every 2 $start
+    seeds single --method adversarial --steps 1 --lr 2e-2 $start
+    seeds adversarial --method adversarial $start
+    photograph imagenette/adversarial-scratch-0 --method adversarial --epochs 20 --eval-images 200
+    python evaluate.py results/imagenette/adversarial-scratch-0 --eps 4/255 --steps 20 --num-images 3925
+    python evaluate.py results/imagenette/{natural-[012],{gradnorm,adversarial}-0} --attack autoattack --eps 4/255 \
+        --num-images 256
+}
+
+# Does single-step training collapse at four times the ε? Seed 0.
+
+large_eps() {
+    photograph imagenette-large-eps/single-16 --method adversarial --steps 1 --eps 16/255 --epochs 30 \
+        --init results/imagenette/natural-0 --eval-images 1000
+    python evaluate.py results/imagenette-large-eps/single-16 --eps 8/255 16/255 --steps 20 --num-images 3925
+}
+
+photograph_pictures() {
+    local picture
+    for picture in gradients accuracy epochs; do
+        python visualize.py $picture runs/imagenette/{natural,gradnorm,adversarial}-0 --output results/$picture.png
+    done
+    python visualize.py attack runs/imagenette/{natural,gradnorm}-0 --output results/attack.png
 }
 
 
@@ -103,10 +151,7 @@ ten_epochs() {
 }
 
 pictures() {
-    local picture
-    for picture in accuracy sweep; do
-        python visualize.py $picture runs/fashion/{natural,gradnorm,adversarial}-0 --output results/$picture.png
-    done
+    python visualize.py sweep runs/fashion/{natural,gradnorm,adversarial}-0 --output results/sweep.png
     python visualize.py cost runs/fashion{,-10}/{gradnorm,adversarial}-0 --output results/cost.png
 }
 
