@@ -99,8 +99,10 @@ photographs() {
     seeds every-2 --method gradnorm --h 2/255 --lambda-gn 0.9 --lr 2e-2 --gradnorm-every 2 $start
     seeds single --method adversarial --steps 1 --lr 2e-2 $start
     seeds adversarial --method adversarial $start
+    photograph imagenette/gradnorm-tuned-1 --method gradnorm --lambda-gn 0.9 --lr 2e-2 --seed 1 --eval-images 200 \
+        ${start/SEED/1}
     photograph imagenette/adversarial-scratch-0 --method adversarial --epochs 20 --eval-images 200
-    python evaluate.py results/imagenette/adversarial-scratch-0 --eps 4/255 --steps 20 --num-images 3925
+    python evaluate.py results/imagenette/{gradnorm-tuned-1,adversarial-scratch-0} --eps 4/255 --steps 20 --num-images 3925
     python evaluate.py results/imagenette/{natural-[012],{gradnorm,adversarial}-0} --attack autoattack --eps 4/255 \
         --num-images 256
 }
@@ -137,9 +139,15 @@ twenty_epochs() {
     study fashion/natural --method natural --epochs 20
     study fashion/gradnorm --method gradnorm --lr 4e-2 --epochs 20
     study fashion/adversarial --method adversarial --lr 4e-2 --epochs 20
+    # seed 0 alone, in float32
+    python train.py --dataset fashion-mnist --eps 16/255 --lr 4e-2 --epochs 20 --method gradnorm --h 8/255 \
+        --output-dir runs/fashion/difference-0 --resume
+    python train.py --dataset fashion-mnist --eps 16/255 --lr 4e-2 --epochs 20 --method adversarial --steps 1 \
+        --output-dir runs/fashion/single-0 --resume
     python evaluate.py runs/fashion/*/checkpoint.pt --eps 4/255 8/255 16/255 --steps 20 --num-images 10000
-    python evaluate.py runs/fashion/*/checkpoint.pt --attack autoattack --eps 4/255 8/255 16/255 --num-images 500
-    python evaluate.py runs/fashion/*-0/checkpoint.pt --sweep 32 --steps 100 --num-images 200
+    python evaluate.py runs/fashion/{natural,gradnorm,adversarial}-?/checkpoint.pt --attack autoattack \
+        --eps 4/255 8/255 16/255 --num-images 500
+    python evaluate.py runs/fashion/{natural,gradnorm,adversarial}-0/checkpoint.pt --sweep 32 --steps 100 --num-images 200
 }
 
 ten_epochs() {
