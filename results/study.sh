@@ -99,10 +99,12 @@ photographs() {
     seeds every-2 --method gradnorm --h 2/255 --lambda-gn 0.9 --lr 2e-2 --gradnorm-every 2 $start
     seeds single --method adversarial --steps 1 --lr 2e-2 $start
     seeds adversarial --method adversarial $start
+    photograph imagenette/gradnorm-tuned-0 --method gradnorm --lambda-gn 0.9 --lr 2e-2 --seed 0 --eval-images 1000 \
+        ${start/SEED/0}
     photograph imagenette/gradnorm-tuned-1 --method gradnorm --lambda-gn 0.9 --lr 2e-2 --seed 1 --eval-images 200 \
         ${start/SEED/1}
     photograph imagenette/adversarial-scratch-0 --method adversarial --epochs 20 --eval-images 200
-    python evaluate.py results/imagenette/{gradnorm-tuned-1,adversarial-scratch-0} --eps 4/255 --steps 20 --num-images 3925
+    python evaluate.py results/imagenette/{gradnorm-tuned-{0,1},adversarial-scratch-0} --eps 4/255 --steps 20 --num-images 3925
     python evaluate.py results/imagenette/{natural-[012],{gradnorm,adversarial}-0} --attack autoattack --eps 4/255 \
         --num-images 256
 }
