@@ -103,6 +103,8 @@ photographs() {
         ${start/SEED/0}
     photograph imagenette/gradnorm-tuned-1 --method gradnorm --lambda-gn 0.9 --lr 2e-2 --seed 1 --eval-images 200 \
         ${start/SEED/1}
+    photograph imagenette/adversarial-2e-2-0 --method adversarial --lr 2e-2 --eval-images 200 ${start/SEED/0}
+    python evaluate.py results/imagenette/adversarial-2e-2-0 --eps 4/255 --steps 20 --num-images 1000
     photograph imagenette/adversarial-scratch-0 --method adversarial --epochs 20 --eval-images 200
     python evaluate.py results/imagenette/{gradnorm-tuned-{0,1},adversarial-scratch-0} --eps 4/255 --steps 20 --num-images 3925
     python evaluate.py results/imagenette/{natural-[012],{gradnorm,adversarial}-0} --attack autoattack --eps 4/255 \
