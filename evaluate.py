@@ -481,7 +481,7 @@ def evaluate_checkpoint(path, model, config, sha256, x, y, args):
         "checkpoint": str(path), "radii": args.radii, "clean_accuracy": accuracy(state, 0),
         "robust_accuracy": [accuracy(state, eps) for eps in args.radii], "after": progress["after"], "warnings": lines,
         # For each ε, image by image: 1 where it stands. Models that met the same images can be compared in pairs.
-        "standing": ["".join("01"[radius > eps] for radius in state["radius"].tolist()) for eps in args.radii],
+        "standing": ["".join(map(str, (state["radius"] > eps).int().tolist())) for eps in args.radii],
         "seconds": time.perf_counter() - start, "config": config}
     write_json(path_of_result, result)
     warn(lines, f"{path}: ")

@@ -5,8 +5,8 @@
 #     bash results/study.sh twenty_epochs activation
 #
 # The parts: shapes; photograph_settings, photographs, large_eps, photograph_pictures; twenty_epochs, ten_epochs,
-# pictures (of the two before), activation, optimiser, weight, h_and_k, learning_rates, step_sizes, lengths. Those of photographs take
-# minutes on a large GPU, or days on one processor core; the others together about a day on one core.
+# pictures (of the two before), activation, optimiser, weight, h_and_k, learning_rates, step_sizes, lengths. Those of
+# photographs take minutes on a large GPU, or days on one processor core; the others together about a day on one core.
 #
 # --amp bf16 is for processors with matrix units for bf16, and for GPUs; leave it out on others.
 
@@ -85,7 +85,7 @@ photograph_settings() {
 seeds() {  # seeds NAME FLAGS...: SEED in the flags is the seed
     local name=$1 seed
     shift
-    for seed in 0 1 2; do
+    for seed in ${SEEDS:-0 1 2}; do
         photograph imagenette/$name-$seed --seed $seed --eval-images $((seed ? 200 : 1000)) "${@//SEED/$seed}"
     done
     python evaluate.py results/imagenette/$name-[012] --eps 4/255 --steps 20 --num-images 3925
@@ -99,14 +99,10 @@ photographs() {
     seeds every-2 --method gradnorm --h 2/255 --lambda-gn 0.9 --lr 2e-2 --gradnorm-every 2 $start
     seeds single --method adversarial --steps 1 --lr 2e-2 $start
     seeds adversarial --method adversarial $start
-    photograph imagenette/gradnorm-tuned-0 --method gradnorm --lambda-gn 0.9 --lr 2e-2 --seed 0 --eval-images 1000 \
-        ${start/SEED/0}
-    photograph imagenette/gradnorm-tuned-1 --method gradnorm --lambda-gn 0.9 --lr 2e-2 --seed 1 --eval-images 200 \
-        ${start/SEED/1}
+    SEEDS="0 1" seeds gradnorm-tuned --method gradnorm --lambda-gn 0.9 --lr 2e-2 $start
+    SEEDS=0 seeds adversarial-scratch --method adversarial --epochs 20 --eval-images 200
     photograph imagenette/adversarial-2e-2-0 --method adversarial --lr 2e-2 --eval-images 200 ${start/SEED/0}
     python evaluate.py results/imagenette/adversarial-2e-2-0 --eps 4/255 --steps 20 --num-images 1000
-    photograph imagenette/adversarial-scratch-0 --method adversarial --epochs 20 --eval-images 200
-    python evaluate.py results/imagenette/{gradnorm-tuned-{0,1},adversarial-scratch-0} --eps 4/255 --steps 20 --num-images 3925
     python evaluate.py results/imagenette/{natural-[012],{gradnorm,adversarial}-0} --attack autoattack --eps 4/255 \
         --num-images 256
 }
@@ -133,7 +129,7 @@ photograph_pictures() {
 study() {  # study FOLDER/NAME FLAGS...: one training for each seed
     local name=$1 seed
     shift
-    for seed in 0 1 2; do
+    for seed in ${SEEDS:-0 1 2}; do
         python train.py --dataset fashion-mnist --eps 16/255 --amp bf16 --seed $seed --output-dir runs/$name-$seed \
             --resume "$@"
     done
@@ -143,11 +139,8 @@ twenty_epochs() {
     study fashion/natural --method natural --epochs 20
     study fashion/gradnorm --method gradnorm --lr 4e-2 --epochs 20
     study fashion/adversarial --method adversarial --lr 4e-2 --epochs 20
-    # seed 0 alone, in float32
-    python train.py --dataset fashion-mnist --eps 16/255 --lr 4e-2 --epochs 20 --method gradnorm --h 8/255 \
-        --output-dir runs/fashion/difference-0 --resume
-    python train.py --dataset fashion-mnist --eps 16/255 --lr 4e-2 --epochs 20 --method adversarial --steps 1 \
-        --output-dir runs/fashion/single-0 --resume
+    SEEDS=0 study fashion/difference --method gradnorm --h 8/255 --lr 4e-2 --epochs 20 --amp off
+    SEEDS=0 study fashion/single --method adversarial --steps 1 --lr 4e-2 --epochs 20 --amp off
     python evaluate.py runs/fashion/*/checkpoint.pt --eps 4/255 8/255 16/255 --steps 20 --num-images 10000
     python evaluate.py runs/fashion/{natural,gradnorm,adversarial}-?/checkpoint.pt --attack autoattack \
         --eps 4/255 8/255 16/255 --num-images 500
