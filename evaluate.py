@@ -36,7 +36,7 @@ from train import RANK, WORLD_SIZE, Mistake, misclassified
 
 
 # The attacks. Each returns images (N, C, H, W): misclassified ones where it found them, `x` or anything elsewhere. An
-# image leaves an attack as soon as it is misclassified: `s` holds the state of those that are left, a row an image.
+# image leaves AutoAttack's as soon as it has fallen: `s` holds the state of those that are left, one row per image.
 
 
 def pgd(model, x, y, *, eps, seeds, steps=10, batch_size=256):
@@ -320,6 +320,8 @@ def prepared(model, x, y, eps):
         raise ValueError("y must hold class indices, not probabilities")
     if model.training:
         warn(["the model is in train mode, with its dropout and BatchNorm: call model.eval() first"])
+    if x.dtype == torch.float16:
+        warn(["the model is attacked in float16, where small gradients are lost: convert it and x with .float()"])
     dtype = x.dtype
     return lambda images: model(images.to(dtype)), at_least_float32(x.detach()), y.long()
 

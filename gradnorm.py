@@ -10,8 +10,8 @@ the adversarial loss L(x + ε · sign ∇x L): GradNorm is adversarial training 
 
 This file needs torch alone and can be copied into any project. Everywhere, `x` holds images (N, C, H, W), and
 `y` their targets: class indices (N,) or class probabilities (N, classes), as mixup makes them. `model` is an
-`nn.Module` from images to logits (N, classes). Wrong input raises ValueError; its values are not looked at
-inside torch.compile.
+`nn.Module` from images to logits (N, classes). Wrong input raises ValueError; inside torch.compile its values are
+not looked at, nor is a model noticed that has no gradient with respect to x.
 """
 
 import torch
@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 # To look at the values of x and y makes a GPU wait. A training loop that knows its data may set this to False.
 CHECK_VALUES = True
 
-# Under fp16 autocast the gradient of a pixel, often below 6e-8, would underflow: it is computed this much larger.
+# In fp16 the gradient of a pixel, often below 6e-8, would underflow: it is computed this much larger.
 FP16_SCALE = 2.0**8
 
 
@@ -74,7 +74,8 @@ def gradnorm_loss_finite_difference(model, x, y, *, lambda_ce=0.8, lambda_gn=1.2
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     losses, gradient, *gs = _losses_and_gradients(model, x, y, parameters)
     # The second pass, 3F: L(x + h·s), and the caller's `.backward()` through it.
-    moved = x.detach() + h / _per_channel(sigma, x) * gradient.sign()
+    s = torch.where(gradient.isnan(), gradient, gradient.sign())  # the sign of nan is 0: it would look like robustness
+    moved = (x.detach() + h / _per_channel(sigma, x) * s).to(x.dtype)
     moved_loss = _cross_entropies(model, moved, y, check=False).mean()
     # `.backward()` needs ∇θ of the mean L(x) as well. To go back through the first pass again would cost 2F; but that
     # gradient is known: g / N. So L(x) is replaced by the linear function of θ with its value and its gradient.
@@ -125,8 +126,8 @@ def _losses_and_gradients(model, x, y, parameters=None, create_graph=False, chec
     """
     parameters = parameters or {}
     device = x.device.type
-    fp16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-    scale = FP16_SCALE if fp16 else 1.0
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    scale = FP16_SCALE if torch.float16 in (x.dtype, autocast) else 1.0
     if torch.compiler.is_compiling():
         losses, gradients = _traceable_losses_and_gradients(model, x, y, parameters, create_graph, scale)
     else:
@@ -134,7 +135,7 @@ def _losses_and_gradients(model, x, y, parameters=None, create_graph=False, chec
             x = x.detach().requires_grad_()
             losses = _cross_entropies(model, x, y, check)
             gradients = differentiate(scale * losses.sum(), x, *parameters.values(), create_graph=create_graph)
-    return losses, *(g / scale for g in gradients)
+    return losses, *(at_least_float32(g) / scale for g in gradients)
 
 
 def differentiate(total, x, *parameters, create_graph=False):
@@ -189,8 +190,8 @@ def check_images(x, eps=0.0, pixels=False):
         raise ValueError(f"x must be a float tensor, not {x.dtype}: convert it with x.float() / 255")
     if x.ndim != 4 or len(x) == 0:
         raise ValueError(f"x must be images (N, C, H, W), not {tuple(x.shape)}")
-    if not 0 <= eps <= (1 if pixels else float("inf")):  # nan too
-        raise ValueError(f"eps must be {'from 0 to 1, in pixels' if pixels else 'at least 0'}, not {eps}")
+    if not 0 <= eps <= 1:  # nan too
+        raise ValueError(f"eps must be from 0 to 1, in pixels, not {eps}")
     if torch.compiler.is_compiling():
         return
     if torch.is_inference_mode_enabled() or x.is_inference():

@@ -5,6 +5,7 @@ breaks in practice in train.py, evaluate.py and visualize.py.
 """
 
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -393,8 +394,9 @@ def test_images_that_are_no_pixels_and_negative_eps_raise(call):
     for other, eps in itertools.product((call, *LOSSES), (-0.1, math.nan)):
         with pytest.raises(ValueError, match=f"eps.*{eps}"):
             other(model, x, y, eps=eps)
-    with pytest.raises(ValueError, match="eps.*8"):  # 8/255 was meant
-        call(model, x, y, eps=8)
+    for other in (call, *LOSSES):
+        with pytest.raises(ValueError, match="eps.*8"):  # 8/255 was meant
+            other(model, x, y, eps=8)
 
 
 @pytest.mark.parametrize("call", [*LOSSES, pgd_attack])
@@ -468,10 +470,11 @@ def test_fp16_inner_gradient_does_not_underflow(monkeypatch):
     x, y = torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
     exact = input_gradient(model, x, y).abs().sum()
     assert exact / x.numel() < 3e-7  # a few times the smallest number of float16
-    for scale, wrong in ((gradnorm.FP16_SCALE, False), (1.0, True)):
+    for (scale, wrong), half in itertools.product(((gradnorm.FP16_SCALE, False), (1.0, True)), (False, True)):
         monkeypatch.setattr(gradnorm, "FP16_SCALE", scale)
-        with torch.autocast("cpu", torch.float16):
-            value = gradnorm_loss(model, x, y, lambda_ce=0, lambda_gn=1, eps=1)
+        with torch.autocast("cpu", torch.float16, enabled=not half):
+            network, images = (copy.deepcopy(model).half(), x.half()) if half else (model, x)
+            value = gradnorm_loss(network, images, y, lambda_ce=0, lambda_gn=1, eps=1)
         assert (abs(4 * value / exact - 1) > 0.05) == wrong and abs(4 * value / exact - 1) < 0.02 or wrong
 
 
@@ -505,9 +508,23 @@ def test_overflow_is_not_hidden_by_the_absolute_value():
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_cross_entropy_of_a_bfloat16_model_is_float32(loss):
+def test_a_gradient_of_nan_is_no_penalty_of_zero(loss):
+    """A black image has no contrast to divide by: its loss is finite, its input gradient is nan."""
+    class Contrast(nn.Module):
+        def forward(self, x):
+            return network(x / (1 + x.pow(2).mean((1, 2, 3), keepdim=True).sqrt()))
+
+    network, (x, y) = smooth_model(), batch()
+    assert loss(Contrast(), x, y).isfinite()
+    x[0] = 0
+    assert F.cross_entropy(Contrast()(x), y).isfinite() and loss(Contrast(), x, y).isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_cross_entropy_of_a_model_of_half_precision_is_float32(loss, dtype):
     x, y = batch()
-    assert loss(smooth_model().bfloat16(), x.bfloat16(), y).dtype == torch.float32
+    assert loss(smooth_model().to(dtype), x.to(dtype), y).dtype == torch.float32
 
 
 @pytest.mark.parametrize("flags", [["--amp", "fp16"], ["--h", "2/255"], ["--method", "adversarial"]])
@@ -744,6 +761,11 @@ def test_init_starts_from_the_weights_of_another_run(folder, tmp_path):
     with pytest.warns(UserWarning, match="have seen these images"):  # the parent's parent has
         mistake(*flags_for(folder, tmp_path / "other"), "--val-images", "12", "--batch-size", "99", "--init",
                 tmp_path / "robust-0/other.pt")
+    rewrite(tmp_path / "robust-0/checkpoint.pt", tmp_path / "robust-0/safe.pt", val_images=24, parent=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mistake(*flags_for(folder, tmp_path / "other"), "--val-images", "12", "--batch-size", "99", "--init",
+                tmp_path / "robust-0/safe.pt")
     assert "gelu is not silu" in mistake(*flags_for(folder, tmp_path / "other"), "--activation", "gelu",
                                          "--init", tmp_path / "natural-0/checkpoint.pt")
     assert not (tmp_path / "other").exists()
@@ -1097,6 +1119,7 @@ def test_pretrained_head_is_replaced_for_other_classes_alone(monkeypatch, name):
     (["--epochs", "1.5"], ["--epochs", "1.5"]),
     (["--batch-size", "49"], ["--batch-size 49", "48 training images"]),
     (["--val-images", "48"], ["--val-images 48", "48 training images"]),
+    (["--dataset", "cifar10"], ["--image-size 16", "cifar10"]),
     (["--data-dir", "/nonexistent/data"], ["/nonexistent/data/train", "--data-dir"]),
     (["--model", "vit_b_16", "--image-size", "24"], ["vit_b_16", "24 pixels", "patch"]),
     (["--model", "resnet18", "--image-size", "32", "--batch-size", "1"], ["resnet18", "more than 1 value"]),
@@ -1115,6 +1138,13 @@ def test_bad_input_is_a_mistake_in_one_line(folder, tmp_path, flags, words):
     message = mistake(*flags_for(folder, tmp_path / "run"), *flags)
     assert all(word in message for word in words), message
     assert not (tmp_path / "run").exists()
+
+
+def test_every_process_needs_an_image_to_evaluate_on(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "WORLD_SIZE", 3)
+    for flags, words in ((["--eval-images", "2"], "--eval-images 2 of"), (["--val-images", "2"], "of 2 are")):
+        with pytest.raises(train.Mistake, match=words):
+            train.load_data_and_model(settings(*flags_for(folder, tmp_path), *flags), None)
 
 
 def errors_of(*flags, capsys, script=train):
@@ -1643,6 +1673,8 @@ def test_signs_of_untrustworthy_robustness_are_told(short_attacks):
 
     with pytest.warns(UserWarning, match="train mode"):
         evaluate.pgd_accuracy(model, x, y, eps=0.01)
+    with pytest.warns(UserWarning, match="float16"):
+        evaluate.pgd_accuracy(copy.deepcopy(model).eval().half(), x.half(), y, eps=0.01)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         evaluate.pgd_accuracy(model.eval(), x, y, eps=0.01)

@@ -271,6 +271,8 @@ def load_data_and_model(args, checkpoint):
         if saved and (saved["classes"], saved["images"]) != (classes, len(train_set)):
             raise Mistake(f"the data have {len(classes)} classes and {len(train_set)} training images, those of the "
                           f"checkpoint {len(saved['classes'])} and {saved['images']}: resume with the same data")
+        if min(args.eval_images, len(test_set)) < WORLD_SIZE:
+            raise Mistake(f"--eval-images {args.eval_images} of {len(test_set)} are too few for {WORLD_SIZE} processes")
         if args.batch_size * WORLD_SIZE > len(train_set):
             raise Mistake(f"--batch-size {args.batch_size} x {WORLD_SIZE} process(es) is more than the "
                           f"{len(train_set)} training images: lower it")
@@ -769,7 +771,7 @@ def parse_args():
         parent = setting(config)
         args = parse_again(parser, {"model": config["model"], "activation": config["activation"]}, args.init)
         while args.val_images and config:
-            if args.dataset == config["dataset"] and args.val_images != config["val_images"]:
+            if args.dataset == config["dataset"] and args.val_images > config["val_images"]:
                 warnings.warn(f"--val-images {args.val_images}: {args.init}, trained with {config['val_images']}, may "
                               "have seen these images")
             config = config["parent"]
@@ -777,6 +779,8 @@ def parse_args():
         raise Mistake(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}: lower it")
     if args.data_dir and args.dataset == "shapes":
         raise Mistake(f"--data-dir {args.data_dir}: --dataset shapes reads none; choose another --dataset")
+    if args.image_size and args.dataset not in ("imagenette", "imagefolder"):
+        raise Mistake(f"--image-size {args.image_size}: --dataset {args.dataset} has a size of its own; leave it out")
     if args.pretrained and args.model == "convnet":
         raise Mistake("--pretrained: convnet has no ImageNet weights; choose another --model")
     args.image_size = args.image_size or {"imagenette": 64, "imagefolder": 224}.get(args.dataset)

@@ -21,7 +21,7 @@ import train
 
 METHODS = {  # name: (flags of train.py, cost in forward passes)
     "natural": ({"method": "natural"}, 3),
-    "GradNorm, double backprop": ({"method": "gradnorm"}, 6),
+    "GradNorm, double backprop": ({"method": "gradnorm", "h": 0.0}, 6),
     "GradNorm, finite difference": ({"method": "gradnorm", "h": 2 / 255}, 6),
     "GradNorm, finite difference, every 2nd step": ({"method": "gradnorm", "h": 2 / 255, "gradnorm_every": 2}, 4.5),
     "PGD-1": ({"method": "adversarial", "steps": 1}, 2 * 1 + 3),

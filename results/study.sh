@@ -23,7 +23,7 @@ publish() {  # publish RUN: its weights and settings, without the state of the o
     cp runs/$1/metrics.jsonl results/$1
     python -c 'import sys, torch, train
 checkpoint = train.read_checkpoint(sys.argv[1])
-torch.save({name: checkpoint[name] for name in ("model", "config", "epoch")}, sys.argv[2])' \
+torch.save({name: checkpoint[name] for name in ("model", "ema", "config", "epoch")}, sys.argv[2])' \
         runs/$1 results/$1/checkpoint.pt
 }
 
