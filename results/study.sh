@@ -99,10 +99,9 @@ photographs() {
     seeds every-2 --method gradnorm --h 2/255 --lambda-gn 0.9 --lr 2e-2 --gradnorm-every 2 $start
     seeds single --method adversarial --steps 1 --lr 2e-2 $start
     seeds adversarial --method adversarial $start
+    seeds adversarial-2e-2 --method adversarial --lr 2e-2 --eval-images 200 $start
     SEEDS="0 1" seeds gradnorm-tuned --method gradnorm --lambda-gn 0.9 --lr 2e-2 $start
     SEEDS=0 seeds adversarial-scratch --method adversarial --epochs 20 --eval-images 200
-    photograph imagenette/adversarial-2e-2-0 --method adversarial --lr 2e-2 --eval-images 200 ${start/SEED/0}
-    python evaluate.py results/imagenette/adversarial-2e-2-0 --eps 4/255 --steps 20 --num-images 1000
     python evaluate.py results/imagenette/{natural-[012],{gradnorm,adversarial}-0} --attack autoattack --eps 4/255 \
         --num-images 256
 }
