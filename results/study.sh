@@ -71,6 +71,8 @@ photograph_settings() {
         setting single-$lr --method adversarial --steps 1 --lr $lr
         setting adversarial-$lr --method adversarial --lr $lr
     done
+    setting difference-4e-2 --method gradnorm --h 2/255 --lr 4e-2
+    setting adversarial-4e-2 --method adversarial --lr 4e-2
     for lambda in 0.6 0.9; do  # 1.2 is the default, at 1e-2
         setting gradnorm-$lambda --method gradnorm --lambda-gn $lambda
         setting difference-$lambda --method gradnorm --h 2/255 --lambda-gn $lambda
