@@ -779,11 +779,12 @@ def parse_args():
         raise Mistake(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}: lower it")
     if args.data_dir and args.dataset == "shapes":
         raise Mistake(f"--data-dir {args.data_dir}: --dataset shapes reads none; choose another --dataset")
-    if args.image_size and args.dataset not in ("imagenette", "imagefolder"):
+    sizes = {"imagenette": 64, "imagefolder": 224}
+    if args.image_size and args.dataset not in sizes:
         raise Mistake(f"--image-size {args.image_size}: --dataset {args.dataset} has a size of its own; leave it out")
     if args.pretrained and args.model == "convnet":
         raise Mistake("--pretrained: convnet has no ImageNet weights; choose another --model")
-    args.image_size = args.image_size or {"imagenette": 64, "imagefolder": 224}.get(args.dataset)
+    args.image_size = args.image_size or sizes.get(args.dataset)
     args.parent = parent
     if args.lr is None:
         args.lr = 1e-2 if args.model == "convnet" else 1e-3
