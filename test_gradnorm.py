@@ -666,7 +666,7 @@ def test_a_run_leaves_what_it_promises(folder, tmp_path, capsys):
     assert len(set(kept["labels"].tolist())) == 3  # four images of three classes: they take turns
     assert kept["images"].untyped_storage().nbytes() == kept["images"].nbytes  # these alone, of all that were evaluated
     expected = input_gradient(model, kept["images"].float() / 255, kept["labels"])
-    torch.testing.assert_close(kept["gradients"].float(), expected, rtol=1e-2, atol=1e-8)
+    torch.testing.assert_close(kept["gradients"].float(), expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
 
 
 def test_training_step_is_the_equation(folder, tmp_path):
