@@ -2088,14 +2088,16 @@ def test_pictures_of_what_is_not_there_end_in_one_line(runs, tmp_path, monkeypat
     for path, bias in (runs[0], [-1000.0, -1000.0, 0.0]), (runs[1], [0.0, 0.0, -1000.0]):
         rewrite(path / "checkpoint.pt", bias=bias)
     shutil.copytree(runs[2], tmp_path / "more/run")
-    strange = tmp_path / "strange"
-    shutil.copytree(runs[2], strange)
-    rewrite(strange / "checkpoint.pt", val_images=12)
+    strange, fewer = tmp_path / "strange", tmp_path / "fewer"
+    for path, change in (strange, {"val_images": 12}), (fewer, {"eval_images": 6}):
+        shutil.copytree(runs[2], path)
+        rewrite(path / "checkpoint.pt", **change)
     for flags, words in [
         (["accuracy", tmp_path / "none"], "no checkpoint at"), (["accuracy", tmp_path / "empty"], "no checkpoint at"),
         (["accuracy", runs[0]], "no metrics.jsonl"), (["epochs", runs[0]], "gradients lacks epochs"),
         (["cost", runs[0]], "no common result at ε = 8/255: python evaluate.py"),
         (["gradients", *runs], "no image is classified rightly"), (["attack", *runs], "no image is classified rightly"),
+        (["accuracy", runs[2], fewer], "has --eval-images 6"), (["epochs", runs[2], fewer], "has --eval-images 6"),
         (["gradients", runs[2], strange], "one by one"), (["attack", runs[2], strange], "one by one"),
         (["all", tmp_path / "runs", tmp_path / "more", "--output", tmp_path], "2 folders"),
         (["portrait", runs[0]], "portrait"), (["all", tmp_path / "empty"], "no runs in"),

@@ -100,6 +100,7 @@ def captioned_grid(rows, titles, captions):
 
 def epochs(runs, columns=10):
     """Strips of images and their ∇x L after some of the epochs; under them, mean ‖∇x L‖₁ of the held-out images."""
+    check_same_images(runs)
     across = 1 + min(columns, max(len(run["metrics"]) for run in runs))
     height = 16 / across
     figure = new_figure(10, len(runs) * (height + 0.5) + 3.4)
@@ -132,6 +133,7 @@ def epochs(runs, columns=10):
 
 def accuracy(runs):
     """Clean (solid) and PGD-10 accuracy (dashed) of the held-out images against the epoch."""
+    check_same_images(runs)
     figure, ax = curves()
     for run in runs:
         plot(ax, run, *column(run, "clean_accuracy"))
@@ -215,6 +217,16 @@ def column(run, name):
     if not run["metrics"]:
         raise Mistake(f"{run['path']} has no metrics.jsonl: train.py writes it after each epoch")
     return [line["epoch"] for line in run["metrics"]], [line[name] for line in run["metrics"]]
+
+
+def check_same_images(runs):
+    """Raises Mistake if the curves of metrics.jsonl are of different numbers of images: their difference would be that
+    of the images."""
+    first, *others = runs
+    for run in others:
+        if run["config"]["eval_images"] != first["config"]["eval_images"]:
+            raise Mistake(f"{run['path']} has --eval-images {run['config']['eval_images']}, {first['path']} "
+                          f"{first['config']['eval_images']}: draw runs that were evaluated on the same images")
 
 
 def common_results(runs, pattern, eps=None):

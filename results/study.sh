@@ -4,8 +4,8 @@
 #
 #     bash results/study.sh twenty_epochs activation
 #
-# The parts: shapes; photograph_settings, photographs, large_eps, photograph_pictures; twenty_epochs, ten_epochs,
-# pictures (of the two before), activation, optimiser, weight, h_and_k, learning_rates, step_sizes, lengths. Those of
+# The parts: shapes; photograph_settings, photographs, large_eps, photograph_ablation, photograph_pictures;
+# twenty_epochs, ten_epochs, activation, optimiser, weight, h_and_k, learning_rates, step_sizes, lengths. Those of
 # photographs take minutes on a large GPU, or days on one processor core; the others together about a day on one core.
 #
 # --amp bf16 is for processors with matrix units for bf16, and for GPUs; leave it out on others.
@@ -65,20 +65,23 @@ photograph_settings() {
     photograph imagenette-settings/natural-3e-3 --method natural --epochs 30 --lr 3e-3 --val-images 1000 \
         --eval-images 200
     python evaluate.py results/imagenette-settings/natural{,-3e-3} --attack clean --num-images 1000
-    for lr in 1e-2 2e-2; do
+    for lr in 1e-2 2e-2 4e-2; do
         setting gradnorm-$lr --method gradnorm --lr $lr
         setting difference-$lr --method gradnorm --h 2/255 --lr $lr
         setting single-$lr --method adversarial --steps 1 --lr $lr
         setting adversarial-$lr --method adversarial --lr $lr
     done
-    setting difference-4e-2 --method gradnorm --h 2/255 --lr 4e-2
-    setting adversarial-4e-2 --method adversarial --lr 4e-2
     for lambda in 0.6 0.9; do  # 1.2 is the default, at 1e-2
         setting gradnorm-$lambda --method gradnorm --lambda-gn $lambda
         setting difference-$lambda --method gradnorm --h 2/255 --lambda-gn $lambda
     done
     for lambda in 0.6 0.9 1.2; do
         setting every-2-$lambda --method gradnorm --h 2/255 --gradnorm-every 2 --lambda-gn $lambda
+    done
+    setting adversarial-20-epochs --method adversarial --lr 2e-2 --epochs 20  # at full length
+    for lambda in 0.9 1.05 1.2; do
+        setting difference-$lambda-20-epochs --method gradnorm --h 2/255 --lambda-gn $lambda --lr 2e-2 --epochs 20
+        setting difference-$lambda-29-epochs --method gradnorm --h 2/255 --lambda-gn $lambda --lr 2e-2 --epochs 29
     done
 }
 
@@ -95,33 +98,76 @@ seeds() {  # seeds NAME FLAGS...: SEED in the flags is the seed
 
 photographs() {
     local start="--init results/imagenette/natural-SEED --epochs 20"
+    local difference="--method gradnorm --h 2/255 --lr 2e-2"
     seeds natural --method natural --epochs 30
     seeds gradnorm --method gradnorm --lr 2e-2 $start
-    seeds difference --method gradnorm --h 2/255 --lambda-gn 0.9 --lr 2e-2 $start
-    seeds every-2 --method gradnorm --h 2/255 --lambda-gn 0.9 --lr 2e-2 --gradnorm-every 2 $start
+    seeds gradnorm-tuned --method gradnorm --lambda-gn 0.9 --lr 2e-2 $start
+    seeds difference $difference --lambda-gn 0.9 $start
+    seeds difference-1.2 $difference --eval-images 200 $start
+    seeds difference-long $difference --eval-images 200 $start --epochs 29
+    seeds every-2 $difference --lambda-gn 0.9 --gradnorm-every 2 $start
+    SEEDS="0 1" seeds every-2-1.2 $difference --gradnorm-every 2 --eval-images 200 $start
     seeds single --method adversarial --steps 1 --lr 2e-2 $start
-    seeds adversarial --method adversarial $start
-    seeds adversarial-2e-2 --method adversarial --lr 2e-2 --eval-images 200 $start
-    SEEDS="0 1" seeds gradnorm-tuned --method gradnorm --lambda-gn 0.9 --lr 2e-2 $start
+    seeds single-long --method adversarial --steps 1 --lr 2e-2 --eval-images 200 $start --epochs 36
+    seeds adversarial --method adversarial --lr 2e-2 --eval-images 200 $start
+    seeds adversarial-1e-2 --method adversarial $start
+    SEEDS=0 seeds adversarial-40 --method adversarial --lr 2e-2 --eval-images 200 $start --epochs 40
+    SEEDS=0 seeds gradnorm-scratch --method gradnorm --lr 2e-2 --epochs 20 --eval-images 200
     SEEDS=0 seeds adversarial-scratch --method adversarial --epochs 20 --eval-images 200
-    python evaluate.py results/imagenette/{natural-[012],{gradnorm,adversarial}-0} --attack autoattack --eps 4/255 \
-        --num-images 256
+    python evaluate.py results/imagenette/{natural,gradnorm,gradnorm-tuned,difference,difference-1.2}-[012] \
+        results/imagenette/{difference-long,every-2,single,single-long,adversarial}-[012] \
+        results/imagenette/{adversarial-1e-2,adversarial-40,gradnorm-scratch,adversarial-scratch}-0 \
+        --attack autoattack --eps 4/255 --num-images 256
+    python evaluate.py results/imagenette/{natural,gradnorm,difference,every-2,single,adversarial}-0 \
+        --attack autoattack --eps 1/255 2/255 --num-images 256
+    python evaluate.py results/imagenette/{natural,gradnorm,adversarial}-0 --sweep 32 --steps 100 --num-images 200
 }
 
-# Does single-step training collapse at four times the ε? Seed 0.
+# Does single-step training collapse at twice and four times the ε? Seed 0.
+
+large() {  # large NAME EPS FLAGS...: EPS of 255
+    photograph imagenette-large-eps/$1-$2 --eps $2/255 --epochs 30 --init results/imagenette/natural-0 \
+        --eval-images 1000 "${@:3}"
+    python evaluate.py results/imagenette-large-eps/$1-$2 --eps $(($2 / 2))/255 $2/255 --steps 20 --num-images 3925
+}
 
 large_eps() {
-    photograph imagenette-large-eps/single-16 --method adversarial --steps 1 --eps 16/255 --epochs 30 \
-        --init results/imagenette/natural-0 --eval-images 1000
-    python evaluate.py results/imagenette-large-eps/single-16 --eps 8/255 16/255 --steps 20 --num-images 3925
+    large single 16 --method adversarial --steps 1
+    large gradnorm 16 --method gradnorm
+    large difference 16 --method gradnorm --h 8/255
+    large adversarial 16 --method adversarial
+    large single 8 --method adversarial --steps 1
+    large gradnorm 8 --method gradnorm
+    python visualize.py accuracy results/imagenette-large-eps/{single,gradnorm,difference,adversarial}-16 \
+        --output results/large_eps.png
+}
+
+# The activation and the optimiser: ten epochs, seed 0, on the test images.
+
+photograph_ablation() {
+    local method lr
+    photograph imagenette-ablation/natural-relu --method natural --activation relu --epochs 30 --eval-images 200
+    for method in gradnorm adversarial; do
+        for lr in 1e-2 2e-2; do
+            photograph imagenette-ablation/gelu-$lr-$method --method $method --lr $lr --epochs 10 --eval-images 200 \
+                --init results/imagenette/natural-0
+            photograph imagenette-ablation/relu-$lr-$method --method $method --lr $lr --epochs 10 --eval-images 200 \
+                --init results/imagenette-ablation/natural-relu
+        done
+        for lr in 0.1 0.3; do
+            photograph imagenette-ablation/sgd-$lr-$method --method $method --lr $lr --epochs 10 --eval-images 200 \
+                --optimizer sgd --weight-decay 5e-4 --init results/imagenette/natural-0
+        done
+    done
+    python evaluate.py results/imagenette-ablation/* --eps 4/255 --steps 20 --num-images 3925
 }
 
 photograph_pictures() {
-    local picture
-    for picture in gradients accuracy epochs; do
-        python visualize.py $picture runs/imagenette/{natural,gradnorm,adversarial}-0 --output results/$picture.png
-    done
-    python visualize.py attack runs/imagenette/{natural,gradnorm}-0 --output results/attack.png
+    python visualize.py gradients results/imagenette/{natural,gradnorm,adversarial}-0 --output results/gradients.png
+    python visualize.py attack results/imagenette/{natural,gradnorm}-0 --output results/attack.png
+    python visualize.py accuracy results/imagenette/{natural,gradnorm,adversarial}-1 --output results/accuracy.png
+    python visualize.py sweep results/imagenette/{natural,gradnorm,adversarial}-0 --output results/sweep.png
+    python visualize.py epochs runs/imagenette/{natural,gradnorm,adversarial-1e-2}-0 --output results/epochs.png
 }
 
 
@@ -140,12 +186,12 @@ twenty_epochs() {
     study fashion/natural --method natural --epochs 20
     study fashion/gradnorm --method gradnorm --lr 4e-2 --epochs 20
     study fashion/adversarial --method adversarial --lr 4e-2 --epochs 20
-    SEEDS=0 study fashion/difference --method gradnorm --h 8/255 --lr 4e-2 --epochs 20 --amp off
-    SEEDS=0 study fashion/single --method adversarial --steps 1 --lr 4e-2 --epochs 20 --amp off
+    study fashion/difference --method gradnorm --h 8/255 --lr 4e-2 --epochs 20 --amp off
+    study fashion/single --method adversarial --steps 1 --lr 4e-2 --epochs 20 --amp off
     python evaluate.py runs/fashion/*/checkpoint.pt --eps 4/255 8/255 16/255 --steps 20 --num-images 10000
-    python evaluate.py runs/fashion/{natural,gradnorm,adversarial}-?/checkpoint.pt --attack autoattack \
-        --eps 4/255 8/255 16/255 --num-images 500
-    python evaluate.py runs/fashion/{natural,gradnorm,adversarial}-0/checkpoint.pt --sweep 32 --steps 100 --num-images 200
+    python evaluate.py runs/fashion/*/checkpoint.pt --attack autoattack --eps 4/255 8/255 16/255 --num-images 500
+    python evaluate.py runs/fashion/{natural,gradnorm,adversarial}-0/checkpoint.pt --sweep 32 --steps 100 \
+        --num-images 200
 }
 
 ten_epochs() {
@@ -155,12 +201,6 @@ ten_epochs() {
     python evaluate.py runs/fashion-10/*/checkpoint.pt --eps 4/255 8/255 16/255 --steps 20 --num-images 10000
     python evaluate.py runs/fashion-10/*/checkpoint.pt --attack autoattack --eps 4/255 8/255 16/255 --num-images 500
 }
-
-pictures() {
-    python visualize.py sweep runs/fashion/{natural,gradnorm,adversarial}-0 --output results/sweep.png
-    python visualize.py cost runs/fashion{,-10}/{gradnorm,adversarial}-0 --output results/cost.png
-}
-
 
 # The tables "Activation", "Optimiser and learning rate" and "λ_GN": five epochs, seed 0, 5,000 held-out training
 # images.
