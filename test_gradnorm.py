@@ -619,6 +619,12 @@ def run(*flags, script=train):
         sys.argv = old
 
 
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """For what is compared with the CPU number by number: a GPU has TF32, and random numbers of its own."""
+    monkeypatch.setattr(train, "start_process", lambda: torch.device("cpu"))
+
+
 def mistake(*flags, script=train):
     with pytest.raises((train.Mistake, OSError)) as error:
         run(*flags, script=script)
@@ -660,7 +666,7 @@ def test_a_run_leaves_what_it_promises(folder, tmp_path, capsys):
     accuracy = (model(pixels).argmax(1) == labels).double().mean().item()
     assert lines[1]["clean_accuracy"] == pytest.approx(100 * accuracy)
     norm = input_gradient(model, pixels, labels).abs().sum((1, 2, 3)).mean().item()
-    assert lines[1]["gradient_norm"] == pytest.approx(norm, rel=1e-4)
+    assert lines[1]["gradient_norm"] == pytest.approx(norm, rel=1e-3)
 
     kept = torch.load(tmp_path / "gradients/0002.pt", weights_only=True)
     assert len(set(kept["labels"].tolist())) == 3  # four images of three classes: they take turns
@@ -669,7 +675,7 @@ def test_a_run_leaves_what_it_promises(folder, tmp_path, capsys):
     torch.testing.assert_close(kept["gradients"].float(), expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
 
 
-def test_training_step_is_the_equation(folder, tmp_path):
+def test_training_step_is_the_equation(folder, tmp_path, on_cpu):
     """Two epochs of SGD, rewritten in a few lines with none of train.py's loop."""
     run(*flags_for(folder, tmp_path), "--optimizer", "sgd", "--lr", "0.1", "--gradnorm-every", "2",
         "--weight-decay", "0.01", "--ema-decay", "0.8", "--lambda-gn", "0.6")
@@ -727,7 +733,7 @@ def test_each_epoch_draws_its_own_noise(folder, tmp_path, monkeypatch):
     assert len({*seeds[1:]}) == len(seeds[1:]) == 2  # before them, one step to try
 
 
-def test_two_processes_train_as_one(folder, tmp_path):
+def test_two_processes_train_as_one(folder, tmp_path, on_cpu):
     common = ["--optimizer", "sgd", "--lr", "0.1"]
     run(*flags_for(folder, tmp_path / "one"), *common)
     two = start(*flags_for(folder, tmp_path / "two"), *common, "--batch-size", "8", launcher=TORCHRUN)
@@ -801,7 +807,7 @@ def test_weight_decay_is_for_the_weights_of_layers(name):
     assert decayed["weight_decay"] == 0.05 and exempt["weight_decay"] == 0
 
 
-def test_killed_and_resumed_equals_undisturbed(folder, tmp_path):
+def test_killed_and_resumed_equals_undisturbed(folder, tmp_path, on_cpu):
     # All that has state: GradScaler, EMA, AdamW, worker processes, every source of randomness.
     extra = ["--epochs", "4", "--amp", "fp16", "--ema-decay", "0.9", "--augment", "strong", "--workers", "1",
              "--gradnorm-every", "2"]
@@ -921,7 +927,7 @@ def test_fp16_clips_the_unscaled_gradient(folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", benchmark.METHODS)
-def test_a_step_of_the_benchmark_is_one_of_the_loop(folder, tmp_path, name):
+def test_a_step_of_the_benchmark_is_one_of_the_loop(folder, tmp_path, name, on_cpu):
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in benchmark.METHODS[name][0].items()]
     run(*flags_for(folder, tmp_path), *flags, "--batch-size", "48", "--epochs", "1", "--warmup-epochs", "0")
     config = argparse.Namespace(**saved(tmp_path, "config"))
