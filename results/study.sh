@@ -92,8 +92,8 @@ seeds() {  # seeds NAME FLAGS...: SEED in the flags is the seed
     shift
     for seed in ${SEEDS:-0 1 2}; do
         photograph imagenette/$name-$seed --seed $seed --eval-images $((seed ? 200 : 1000)) "${@//SEED/$seed}"
+        python evaluate.py results/imagenette/$name-$seed --eps 4/255 --steps 20 --num-images 3925
     done
-    python evaluate.py results/imagenette/$name-[012] --eps 4/255 --steps 20 --num-images 3925
 }
 
 photographs() {
