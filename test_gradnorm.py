@@ -650,7 +650,7 @@ def metrics(output_dir):
     return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_leaves_what_it_promises(folder, tmp_path, capsys):
+def test_a_run_leaves_what_it_promises(folder, tmp_path, capsys, on_cpu):
     run(*flags_for(folder, tmp_path), "--ema-decay", "0.5", "--activation", "silu", "--h", "4/255")
     lines = metrics(tmp_path)
     assert [line["epoch"] for line in lines] == [1, 2]
@@ -666,13 +666,13 @@ def test_a_run_leaves_what_it_promises(folder, tmp_path, capsys):
     accuracy = (model(pixels).argmax(1) == labels).double().mean().item()
     assert lines[1]["clean_accuracy"] == pytest.approx(100 * accuracy)
     norm = input_gradient(model, pixels, labels).abs().sum((1, 2, 3)).mean().item()
-    assert lines[1]["gradient_norm"] == pytest.approx(norm, rel=1e-3)
+    assert lines[1]["gradient_norm"] == pytest.approx(norm, rel=1e-4)
 
     kept = torch.load(tmp_path / "gradients/0002.pt", weights_only=True)
     assert len(set(kept["labels"].tolist())) == 3  # four images of three classes: they take turns
     assert kept["images"].untyped_storage().nbytes() == kept["images"].nbytes  # these alone, of all that were evaluated
     expected = input_gradient(model, kept["images"].float() / 255, kept["labels"])
-    torch.testing.assert_close(kept["gradients"].float(), expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
+    torch.testing.assert_close(kept["gradients"].float(), expected, rtol=1e-2, atol=1e-8)
 
 
 def test_training_step_is_the_equation(folder, tmp_path, on_cpu):
