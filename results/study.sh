@@ -144,19 +144,20 @@ large_eps() {
 
 # The activation and the optimiser: ten epochs, seed 0, on the test images.
 
+ablation() {  # ablation NAME FLAGS...
+    photograph imagenette-ablation/$1 --epochs 10 --eval-images 200 "${@:2}"
+}
+
 photograph_ablation() {
-    local method lr
-    photograph imagenette-ablation/natural-relu --method natural --activation relu --epochs 30 --eval-images 200
+    local method lr gelu="--init results/imagenette/natural-0" relu="--init results/imagenette-ablation/natural-relu"
+    ablation natural-relu --method natural --activation relu --epochs 30
     for method in gradnorm adversarial; do
         for lr in 1e-2 2e-2; do
-            photograph imagenette-ablation/gelu-$lr-$method --method $method --lr $lr --epochs 10 --eval-images 200 \
-                --init results/imagenette/natural-0
-            photograph imagenette-ablation/relu-$lr-$method --method $method --lr $lr --epochs 10 --eval-images 200 \
-                --init results/imagenette-ablation/natural-relu
+            ablation gelu-$lr-$method --method $method --lr $lr $gelu
+            ablation relu-$lr-$method --method $method --lr $lr $relu
         done
         for lr in 0.1 0.3; do
-            photograph imagenette-ablation/sgd-$lr-$method --method $method --lr $lr --epochs 10 --eval-images 200 \
-                --optimizer sgd --weight-decay 5e-4 --init results/imagenette/natural-0
+            ablation sgd-$lr-$method --method $method --lr $lr --optimizer sgd --weight-decay 5e-4 $gelu
         done
     done
     python evaluate.py results/imagenette-ablation/* --eps 4/255 --steps 20 --num-images 3925
@@ -201,6 +202,7 @@ ten_epochs() {
     python evaluate.py runs/fashion-10/*/checkpoint.pt --eps 4/255 8/255 16/255 --steps 20 --num-images 10000
     python evaluate.py runs/fashion-10/*/checkpoint.pt --attack autoattack --eps 4/255 8/255 16/255 --num-images 500
 }
+
 
 # The tables "Activation", "Optimiser and learning rate" and "λ_GN": five epochs, seed 0, 5,000 held-out training
 # images.
