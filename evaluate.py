@@ -108,7 +108,7 @@ def targeted_dlr(logits, y, target):
     """Targeted difference-of-logits-ratio loss, (N,): invariant to shifting and scaling the logits, unlike
     cross-entropy. Its denominator takes four classes; of three it is the untargeted loss's, and two have no scale."""
     z = logits.sort(dim=1, descending=True).values
-    scale = z[:, 0] - (z[:, 2] + z[:, 3]) / 2 if z.shape[1] > 3 else z[:, 0] - z[:, 2] if z.shape[1] == 3 else 1
+    scale = z[:, 0] - z[:, 2:4].mean(1) if z.shape[1] > 2 else 1
     return difference(logits, y, target) / (scale + 1e-12)
 
 
@@ -477,11 +477,12 @@ def evaluate_checkpoint(path, model, config, sha256, x, y, args):
         progress |= {"radius": state["radius"].tolist(), "done": progress["done"] + 1,
                      "seconds": time.perf_counter() - start}
         write_json(path_of_progress, progress)
-    lost = [before - after for before, after in zip(*(progress["after"].get(name, []) for name in ("FAB-T", "Square")))]
+    after = progress["after"]
+    lost = [a - b for a, b in zip(after.get("FAB-T", []), after.get("Square", []))]
     lines += doubt_of_square(max(lost, default=0))
     result = settings | {
         "checkpoint": str(path), "radii": args.radii, "clean_accuracy": accuracy(state, 0),
-        "robust_accuracy": [accuracy(state, eps) for eps in args.radii], "after": progress["after"], "warnings": lines,
+        "robust_accuracy": [accuracy(state, eps) for eps in args.radii], "after": after, "warnings": lines,
         # For each ε, image by image: 1 where it stands. Models that met the same images can be compared in pairs.
         "standing": ["".join(map(str, (state["radius"] > eps).int().tolist())) for eps in args.radii],
         "seconds": time.perf_counter() - start, "config": config}

@@ -369,10 +369,9 @@ def load_part(args, train_part, augment):
     except (OSError, RuntimeError) as error:
         raise Mistake(f"cannot read {args.dataset} from {folder.absolute()} ({error}): put the data there, or name "
                       "their place with --data-dir") from None
-    size, crop = images.shape[-1], v2.RandomCrop(images.shape[-1], padding=images.shape[-1] // 8)
-    if args.dataset == "imagenette":
-        size, crop = args.image_size, v2.RandomCrop(args.image_size)
-    transform = train_transform(args, size, crop) if augment else None
+    side = images.shape[-1]
+    size, padding = (args.image_size, 0) if args.dataset == "imagenette" else (side, side // 8)
+    transform = train_transform(args, size, v2.RandomCrop(size, padding)) if augment else None
     return Images(images if transform else v2.functional.center_crop(images, [size]), targets, classes, transform)
 
 
@@ -422,8 +421,10 @@ def train_transform(args, size, crop):
         return None
     if args.augment == "basic":
         return v2.Compose([crop, v2.RandomHorizontalFlip()])
-    return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.RandAugment(magnitude=9),
-                       v2.ColorJitter(0.4, 0.4, 0.4), erase])
+    # timm's rand-m9: each of two operations with probability 1/2, at level 9 of 10, which is torchvision's 27 of 30.
+    # The recipe also has a colour jitter of 0.4, which timm leaves out beside RandAugment.
+    operation = v2.RandomApply([v2.RandAugment(num_ops=1, magnitude=27)], p=0.5)
+    return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), operation, operation, erase])
 
 
 def erase(image, mean=0.45, std=0.225):
@@ -590,7 +591,7 @@ def check_model(model, args, image):
         Objective(trial, args)(x, torch.zeros(len(x), dtype=torch.long), torch.ones(())).backward()
     except (RuntimeError, AssertionError, ValueError) as error:
         raise Mistake(f"{args.model} fails on {len(x)} image(s) of {tuple(image.shape)} (channels, height, width): "
-                      f"{str(error).splitlines()[0]}"
+                      + next(iter(str(error).splitlines()), repr(error))
                       + "; --h 2/255 needs no second derivative" * ("derivative" in str(error))) from None
 
 
@@ -705,10 +706,10 @@ def make_parser():
     data.add_argument("--val-images", default=0, type=whole,
                       help="evaluate on so many held-out training images, to choose settings; 0: on the test part")
     data.add_argument("--image-size", type=count,
-                      help="imagenette: side in pixels, by default 64; imagefolder: by default 224")
+                      help="side in pixels; imagenette (photographs of 160): by default 64; imagefolder: 224")
     data.add_argument("--augment", default="none", choices=["none", "basic", "strong"],
-                      help="basic: crop and flip; strong: the paper's recipe, with RandAugment, colour jitter, random "
-                           "erasing, mixup, cutmix and label smoothing")
+                      help="basic: crop and flip; strong: the paper's recipe, with RandAugment, random erasing, "
+                           "mixup, cutmix and label smoothing")
     data.add_argument("--model", default="convnet", choices=["convnet", *sorted(models)], metavar="NAME",
                       help="convnet, or any classification model of torchvision, such as resnet50, swin_b or vit_b_16")
     data.add_argument("--activation", choices=list(ACTIVATIONS),
@@ -775,6 +776,9 @@ def parse_args():
                 warnings.warn(f"--val-images {args.val_images}: {args.init}, trained with {config['val_images']}, may "
                               "have seen these images")
             config = config["parent"]
+    metrics = path.with_name("metrics.jsonl")
+    if not args.resume and metrics.exists() and metrics.stat().st_size:
+        raise Mistake(f"{metrics} is of a run whose checkpoint is gone: choose another --output-dir, or move it away")
     if args.warmup_epochs > args.epochs:
         raise Mistake(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}: lower it")
     if args.data_dir and args.dataset == "shapes":
