@@ -176,7 +176,8 @@ def cost(runs):
     for run, minutes, result in zip(runs, times, best):
         robust = result["robust_accuracy"][result["radii"].index(eps)]
         plot(ax, run, [minutes], [robust], markersize=9, linestyle="none")
-    ax.set(xlabel="training time (minutes)", xlim=(0, 1.15 * max(times)),
+    parents = ", without --init's" if any(run["config"].get("parent") for run in runs) else ""
+    ax.set(xlabel=f"training time (minutes{parents})", xlim=(0, 1.15 * max(times)),
            ylabel=f"{attack_name(best[0])} accuracy (%), ε = {fraction(runs[0])}")
     figure.legend(loc="outside right upper")
     return figure

@@ -4,9 +4,10 @@
 #
 #     bash results/study.sh twenty_epochs activation
 #
-# The parts: shapes; photograph_settings, photographs, large_eps, photograph_ablation, photograph_pictures;
-# twenty_epochs, ten_epochs, activation, optimiser, weight, h_and_k, learning_rates, step_sizes, lengths. Those of
-# photographs take minutes on a large GPU, or days on one processor core; the others together about a day on one core.
+# The parts: shapes; photograph_settings, photographs, large_eps, photograph_ablation, photograph_cost,
+# photograph_pictures; twenty_epochs, ten_epochs, activation, optimiser, weight, h_and_k, learning_rates, step_sizes,
+# lengths. Those of photographs take minutes on a large GPU, or days on one processor core; the others together about a
+# day on one core.
 #
 # --amp bf16 is for processors with matrix units for bf16, and for GPUs; leave it out on others.
 
@@ -161,6 +162,24 @@ photograph_ablation() {
         done
     done
     python evaluate.py results/imagenette-ablation/* --eps 4/255 --steps 20 --num-images 3925
+}
+
+# Cost against robustness: seed 0 once more on the cores of one machine, two trainings at a time.
+
+timed() {  # timed NAME FLAGS...
+    photograph imagenette-cpu/$1 --init results/imagenette/natural-0 --epochs 20 --lr 2e-2 --eval-images 200 "${@:2}"
+    python evaluate.py results/imagenette-cpu/$1 --eps 4/255 --steps 20 --num-images 1000
+}
+
+photograph_cost() {
+    local difference="--method gradnorm --h 2/255 --lambda-gn 0.9"
+    timed double-backprop --method gradnorm
+    timed finite-difference $difference
+    timed every-2nd-step $difference --gradnorm-every 2
+    timed single-step --method adversarial --steps 1
+    timed PGD-3 --method adversarial
+    python visualize.py cost results/imagenette-cpu/{double-backprop,finite-difference,every-2nd-step} \
+        results/imagenette-cpu/{single-step,PGD-3} --output results/cost.png
 }
 
 photograph_pictures() {
