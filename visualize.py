@@ -178,7 +178,7 @@ def cost(runs):
         plot(ax, run, [minutes], [robust], markersize=9, linestyle="none")
     parents = ", without --init's" if any(run["config"].get("parent") for run in runs) else ""
     ax.set(xlabel=f"training time (minutes{parents})", xlim=(0, 1.15 * max(times)),
-           ylabel=f"{attack_name(best[0])} accuracy (%), ε = {fraction(runs[0])}")
+           ylabel=f"{attack_name(best[0])} accuracy (%), ε = {fraction(runs[0])}", ylim=(0, 100))
     figure.legend(loc="outside right upper")
     return figure
 
