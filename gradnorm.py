@@ -98,7 +98,8 @@ def pgd_attack(model, x, y, *, eps=4 / 255, step_size=None, steps=10, random_sta
     it is `x` without `random_start`, or `start`, images (N, C, H, W). The model is attacked in the mode that it is in;
     a BatchNorm in train mode therefore updates its statistics. Parameters' `.grad` stay untouched.
 
-    Returns adversarial images (N, C, H, W) within ε of `x` and within [0, 1], detached, in at least float32.
+    Returns adversarial images (N, C, H, W) within ε of `x` and within [0, 1], detached, in at least float32; pixels
+    whose gradient is nan become nan.
     """
     check_images(x, eps, pixels=True)
     if steps < 0:
@@ -214,7 +215,10 @@ def check_targets(logits, y, values=True):
     if y.shape != shape:
         raise ValueError(f"y must have shape {tuple(shape)} for class {kind}, not {tuple(y.shape)}")
     if values:
-        wrong = (y < 0) | ((y.sum(1, keepdim=True) - 1).abs() > 1e-2 if soft else y >= logits.shape[1])
+        if soft:
+            wrong = (y < 0) | ((y.sum(1, keepdim=True) - 1).abs() > max(1e-3, torch.finfo(y.dtype).eps))
+        else:
+            wrong = (y < 0) | (y >= logits.shape[1])
         if wrong.any():
             raise ValueError(f"y must hold class indices from 0 to {logits.shape[1] - 1} or class probabilities that "
                              f"sum to 1, not {y[wrong][0].item()}")
