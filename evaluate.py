@@ -2,17 +2,16 @@
 
     python evaluate.py runs/natural/checkpoint.pt runs/gradnorm/checkpoint.pt --attack pgd --steps 20
     python evaluate.py runs/gradnorm/checkpoint.pt --attack autoattack --eps 4/255 8/255 16/255 --num-images 500
-    torchrun --nproc_per_node=8 evaluate.py ...                                # the images are split over 8 GPUs
+    torchrun --standalone --nproc_per_node=8 evaluate.py ...                   # the images are split over 8 GPUs
 
-The file reads top to bottom: the attacks of standard AutoAttack (Croce, Hein, "Reliable evaluation of adversarial
-robustness with an ensemble of diverse parameter-free attacks", ICML 2020, arXiv 2003.01690), how they take turns on
-what is left standing, and the command line. A result is written beside its checkpoint, as
-autoattack-500-eps4-8-16.json; an interrupted evaluation goes on where it stopped when the command is given again.
+Read `autoattack` and `run_attack`, how the attacks take turns on what is left standing; above them are the attacks of
+standard AutoAttack (Croce, Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
+parameter-free attacks", ICML 2020, arXiv 2003.01690), each by itself; the command line can be skipped. A result is
+written beside its checkpoint, as autoattack-500-eps4-8-16.json; the same command goes on where it was interrupted.
 
 Everywhere, `x` holds pixels in [0, 1], (N, C, H, W), `y` class indices (N,), `eps` is in pixels, and `model` is any
-`nn.Module` from pixels to logits (N, classes), attacked in the mode that it is in: call `.eval()` first. At most
-`batch_size` images go through it at a time, however many are attacked. `seeds` (N, any) are whole numbers: the random
-numbers of an image come from its own seeds, whatever batch it is in. What a batch can still change is the rounding.
+`nn.Module` from pixels to logits (N, classes), in eval mode. At most `batch_size` images go through it at a time. The
+random numbers of an image come from its own `seeds` (N, any), whole numbers, whatever batch it is in.
 """
 
 import argparse
@@ -20,7 +19,6 @@ import hashlib
 import json
 import math
 import os
-import time
 import warnings
 from types import SimpleNamespace
 
@@ -31,8 +29,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import train
-from gradnorm import at_least_float32, check_images, check_targets, differentiate, input_gradient, pgd_attack
-from train import RANK, WORLD_SIZE, Mistake, misclassified
+from gradnorm import at_least_float32, check_images, check_targets, input_gradient, pgd_attack
+from train import RANK, WORLD_SIZE, misclassified
 
 
 # The attacks. Each returns images (N, C, H, W): misclassified ones where it found them, `x` or anything elsewhere. An
@@ -217,7 +215,7 @@ def ascent(model, objective, batch_size, x, y, target):
             x = x.detach().requires_grad_()
             logits = at_least_float32(model(x))
             value = objective(logits, y, target)
-            gradient, = differentiate(value.sum(), x)
+            gradient, = torch.autograd.grad(value.sum(), x)
         parts.append((logits.detach(), value.detach(), gradient))
     return (torch.cat(part) for part in zip(*parts))
 
@@ -262,111 +260,66 @@ def keep(s, rows):
 
 
 # The evaluation: the attacks take turns on what is left standing. A turn is (attack, ε, number of its start or target).
+# `radius` (N,), float64, is ‖adversarial - x‖∞ of the closest proved adversarial image: 0 where `x` itself is
+# misclassified, inf where none is known.
 
 
-ATTACKS = {"PGD": pgd, "APGD-CE": apgd, "APGD-T": apgd, "FAB-T": fab, "Square": square}
+ATTACKS = {"PGD": (pgd, ["seeds"]), "APGD-CE": (apgd, ["seeds"]), "APGD-T": (apgd, ["seeds", "target"]),
+           "FAB-T": (fab, ["target"]), "Square": (square, ["seeds"])}
 
 
 def autoattack(model, x, y, *, eps, batch_size=256):
     """Standard AutoAttack. Returns images (N, C, H, W), in at least float32: misclassified ones within ε of `x`; `x`
     where it found none. Warns of signs that they are not to be trusted; raises ValueError where the input is wrong."""
-    model, x, y = prepared(model, x, y, eps)
-    state = initial_state(model, x, y, batch_size)
-    warn(doubts(model, x, y, state, "autoattack", batch_size))
-    images, broken = x.clone(), 0.0
-    for turn in standard_turns([eps], state):
-        before = accuracy(state, eps)
-        for rows, found in run_attack(turn, model, x, y, state, batch_size=batch_size):
-            images[rows] = found
-        broken = before - accuracy(state, eps)
-    warn(doubt_of_square(broken))  # whose turn is the last
-    return pick(state["radius"] <= eps, images, x)
+    model, x, y, logits = prepared(model, x, y, eps, batch_size)
+    radius, targets, images = first_radius(logits, y), likeliest_others(logits), x.clone()
+    for turn in standard_turns([eps], targets):
+        run_attack(turn, model, x, y, targets, radius, images, batch_size=batch_size)
+    return pick(radius <= eps, images, x)
 
 
 def pgd_accuracy(model, x, y, *, eps, steps=10, restarts=1, batch_size=256):
     """Accuracy (%) under PGD with that many random starts. Warns and raises as `autoattack` does."""
-    if restarts < 1:
-        raise ValueError(f"restarts must be at least 1, not {restarts}")
-    model, x, y = prepared(model, x, y, eps)
-    state = initial_state(model, x, y, batch_size)
-    warn(doubts(model, x, y, state, "pgd", batch_size))
+    model, x, y, logits = prepared(model, x, y, eps, batch_size)
+    radius = first_radius(logits, y)
     for turn in pgd_turns([eps], restarts):
-        run_attack(turn, model, x, y, state, steps=steps, batch_size=batch_size)
-    return accuracy(state, eps)
+        run_attack(turn, model, x, y, None, radius, batch_size=batch_size, steps=steps)
+    return accuracy(radius, eps)
 
 
-def accuracy(state, eps):
-    """Accuracy (%) at ε: of the images that are not known to be misclassified within it. ε = 0 gives clean accuracy."""
-    return 100 * (state["radius"] > eps).sum().item() / len(state["radius"])
-
-
-def standard_turns(radii, state):
+def standard_turns(radii, targets):
     """The turns of standard AutoAttack for all `radii`. What is found at one ε holds at every larger one; and FAB looks
     for the smallest perturbation, so that one run of it serves them all."""
-    radii, targets = sorted({eps for eps in radii if eps > 0}), range(state["targets"].shape[1])
-    return ([("APGD-CE", eps, 0) for eps in radii] + [("APGD-T", eps, i) for eps in radii for i in targets]
-            + [("FAB-T", eps, i) for eps in radii[:1] for i in targets] + [("Square", eps, 0) for eps in radii])
+    radii, numbers = sorted({eps for eps in radii if eps > 0}), range(targets.shape[1])
+    return ([("APGD-CE", eps, 0) for eps in radii] + [("APGD-T", eps, i) for eps in radii for i in numbers]
+            + [("FAB-T", eps, i) for eps in radii[:1] for i in numbers] + [("Square", eps, 0) for eps in radii])
 
 
 def pgd_turns(radii, restarts):
+    if restarts < 1:  # no attack at all
+        raise ValueError(f"restarts must be at least 1, not {restarts}")
     return [("PGD", eps, i) for eps in sorted({eps for eps in radii if eps > 0}) for i in range(restarts)]
 
 
-def prepared(model, x, y, eps):
-    """Checks what a user's code gives. Returns the model as a function of images in at least float32, since the walls
-    of the ball would be rounded in bfloat16; these images; and their classes."""
-    check_images(x, eps, pixels=True)
-    if y.is_floating_point():
-        raise ValueError("y must hold class indices, not probabilities")
-    if model.training:
-        warn(["the model is in train mode, with its dropout and BatchNorm: call model.eval() first"])
-    if x.dtype == torch.float16:
-        warn(["the model is attacked in float16, where small gradients are lost: convert it and x with .float()"])
-    dtype = x.dtype
-    return lambda images: model(images.to(dtype)), at_least_float32(x.detach()), y.long()
-
-
-def initial_state(model, x, y, batch_size=256):
-    """The state of an evaluation before its first attack. The images may be bytes: they become pixels batch by batch.
-
-        radius   (N,) float64: ‖adversarial - x‖∞ of the closest proved adversarial image; 0 where `x` itself is
-                 misclassified, inf where none is known
-        logits   (N, classes) of `x`
-        targets  (N, up to 9): the likeliest classes but the first
-    """
-    logits = torch.cat([predict(model, pixels(part, y.device), batch_size) for part in x.split(batch_size)])
-    check_targets(logits, y)
-    others = logits.scatter(1, logits.argmax(1, keepdim=True), -math.inf).argsort(dim=1, descending=True)
-    return {"radius": torch.where(misclassified(logits, y), 0.0, math.inf).double(), "logits": logits,
-            "targets": others[:, :min(9, logits.shape[1] - 1)]}
-
-
-def pixels(x, device):
-    """Images of bytes become pixels in [0, 1] on the device; others are that already."""
-    return x.to(device).float() / 255 if x.dtype == torch.uint8 else x
-
-
-def run_attack(turn, model, x, y, state, *, steps=10, batch_size=256, rank=0, world_size=1):
-    """One turn, on this rank's share of the images that stand at its ε. Updates the state, and returns what this rank
-    found closer than before, as pairs of rows and images."""
+def run_attack(turn, model, x, y, targets, radius, images=None, *, batch_size=256, rank=0, world_size=1, **options):
+    """One turn, on this rank's share of the images that stand at its ε. Lowers `radius` where the attack came closer
+    than those before it, and puts what it found there into `images`."""
     name, eps, number = turn
-    rows = (state["radius"] > eps).nonzero()[rank::world_size, 0]
-    closer = []
+    attack, takes = ATTACKS[name]
+    rows = (radius > eps).nonzero()[rank::world_size, 0]
     for some in rows.split(8 * batch_size) if len(rows) else []:  # bounds the memory
-        arguments = {"steps": steps} if name == "PGD" else {}
-        if name != "FAB-T":  # which draws nothing
-            arguments["seeds"] = F.pad(some[:, None], (0, 1), value=number)
-        if name.endswith("-T"):
-            arguments["target"] = state["targets"][some, number]
-        images, labels = pixels(x[some.to(x.device)], y.device), y[some]
-        found = ATTACKS[name](model, images, labels, eps=eps, batch_size=batch_size, **arguments)
-        radius = proved_radius(model, images, labels, found, batch_size)
-        fell = radius < state["radius"][some]
-        closer.append((some[fell], found[fell]))
-        state["radius"][some[fell]] = radius[fell]
+        if "seeds" in takes:
+            options["seeds"] = F.pad(some[:, None], (0, 1), value=number)
+        if "target" in takes:
+            options["target"] = targets[some, number]
+        found = attack(model, x[some], y[some], eps=eps, batch_size=batch_size, **options)
+        proved = proved_radius(model, x[some], y[some], found, batch_size)
+        closer = proved < radius[some]
+        radius[some[closer]] = proved[closer]
+        if images is not None:
+            images[some[closer]] = found[closer]
     if world_size > 1:
-        dist.all_reduce(state["radius"], dist.ReduceOp.MIN)
-    return closer
+        dist.all_reduce(radius, dist.ReduceOp.MIN)
 
 
 def proved_radius(model, x, y, images, batch_size=256):
@@ -376,11 +329,46 @@ def proved_radius(model, x, y, images, batch_size=256):
     return torch.where(wrong & inside, linf(images, x), math.inf)
 
 
-def doubts(model, x, y, state, attack, batch_size=256):
+def first_radius(logits, y):
+    return torch.where(misclassified(logits, y), 0.0, math.inf).double()
+
+
+def likeliest_others(logits):
+    """The targets, (N, up to 9): the likeliest classes but the first."""
+    others = logits.scatter(1, logits.argmax(1, keepdim=True), -math.inf).argsort(dim=1, descending=True)
+    return others[:, :min(9, logits.shape[1] - 1)]
+
+
+def accuracy(radius, eps):
+    """Accuracy (%) at ε: of the images that are not known to be misclassified within it. ε = 0 gives clean accuracy."""
+    return 100 * (radius > eps).sum().item() / len(radius)
+
+
+def prepared(model, x, y, eps, batch_size):
+    """The model as a function of images in at least float32, since the walls of the ball would be rounded in bfloat16;
+    these images; their classes; their logits."""
+    check_images(x, eps, pixels=True)
+    if y.is_floating_point():
+        raise ValueError("y must hold class indices, not probabilities")
+    if model.training:
+        warn(["the model is in train mode, with its dropout and BatchNorm: call model.eval() first"])
+    if x.dtype == torch.float16:
+        warn(["the model is attacked in float16, where small gradients are lost: convert it and x with .float()"])
+    inner, dtype, x, y = model, x.dtype, at_least_float32(x.detach()), y.long()
+
+    def model(images):
+        return inner(images.to(dtype))
+
+    logits = predict(model, x, batch_size)
+    check_targets(logits, y)
+    warn(doubts(model, x, y, logits, batch_size))
+    return model, x, y, logits
+
+
+def doubts(model, x, y, logits, batch_size):
     """A line for each sign that robust accuracy cannot be trusted (Athalye et al., "Obfuscated gradients give a false
-    sense of security", ICML 2018), or that an attack is less than the published one."""
-    lines, logits = [], state["logits"]
-    again = predict(model, pixels(x[:batch_size], y.device), batch_size)
+    sense of security", ICML 2018)."""
+    lines, again = [], predict(model, x[:batch_size], batch_size)
     rounding = 1e-4 * again.nan_to_num(0, 0, 0).abs().max().item()
     if not torch.allclose(again, logits[:batch_size], rtol=0, atol=rounding, equal_nan=True):
         lines.append("the model answers differently when asked twice: the attacks do not average over its randomness")
@@ -388,113 +376,98 @@ def doubts(model, x, y, state, attack, batch_size=256):
         lines.append("the model's outputs look like probabilities: give the logits, before the softmax")
     if nan := logits.isnan().any(1).sum().item():
         lines.append(f"the model's logits are nan on {nan} of {len(x)} images, which count as misclassified")
-    if attack != "clean":
-        gradients = (input_gradient(model, pixels(images, y.device), labels)
-                     for images, labels in zip(x.split(batch_size), y.split(batch_size)))
-        blind = sum(((g == 0).flatten(1).all(1) | g.isnan().flatten(1).any(1)).sum().item() for g in gradients)
-        if blind:
-            lines.append(f"the input gradient of {blind} of {len(x)} images is zero or nan: what follows the gradient "
-                         "of cross-entropy, as PGD and APGD-CE do, is blind there")
-    classes = logits.shape[1]
-    if attack == "autoattack" and classes < 10:
-        lines.append(f"of {classes} classes, APGD-T and FAB-T have {classes - 1} targets, not 9"
-                     + ", and targeted DLR has a scale of fewer logits" * (classes < 4))
+    gradients = (input_gradient(model, *batch) for batch in zip(x.split(batch_size), y.split(batch_size)))
+    blind = sum(((g == 0).flatten(1).all(1) | g.isnan().flatten(1).any(1)).sum().item() for g in gradients)
+    if blind:
+        lines.append(f"the input gradient of {blind} of {len(x)} images is zero or nan: what follows the gradient "
+                     "of cross-entropy, as PGD and APGD-CE do, is blind there")
     return lines
 
 
-def doubt_of_square(broken):
-    return [f"Square, which follows no gradient, broke {broken:.2f} % of the images after the attacks that do had "
-            "given up: the gradient may mislead them"] if broken else []
-
-
 def warn(lines, prefix=""):
+    """Each time: `warnings.warn` would speak once of a loop over models."""
     for line in lines if RANK == 0 else []:
-        warnings.warn(prefix + line, stacklevel=3)
+        warnings.warn_explicit(prefix + line, UserWarning, __file__, 0)
 
 
 # Command line
 
 
 def main():
+    train.tolerate_ascii()
     args = parse_args()
     device = train.start_process()
     torch.set_float32_matmul_precision("highest")  # rounding decides no verdict
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
-    if len({result_path(path.resolve(), args) for path in args.checkpoints}) < len(args.checkpoints):
-        raise Mistake("two of the checkpoints have one name in one folder: their results would be one file")
-    models = {path: (*train.load_checkpoint(path, device), hashlib.sha256(path.read_bytes()).hexdigest())
-              for path in args.checkpoints}
-    config = models[args.checkpoints[0]][1]
-    train.check_same_data({path: other for path, (_, other, _) in models.items()}, args.data_dir)
-    with train.rank_zero_first():
-        test_set = train.load_test_set(config, args.data_dir)
-    if args.num_images > len(test_set):
-        raise Mistake(f"--num-images {args.num_images}: there are {len(test_set)} held-out images")
-    if config["val_images"] and RANK == 0:
-        warnings.warn(f"on the training images that --val-images {config['val_images']} held out, not on test images")
-    x, y = train.held_out(test_set, args.num_images)
-    y = y.to(device)  # x follows batch by batch
-    args.images_sha256 = hashlib.sha256(x.numpy()).hexdigest()
-    results = {path: evaluate_checkpoint(path, *loaded, x, y, args) for path, loaded in models.items()}
+    results = {path: evaluate_checkpoint(path, args, device) for path in args.checkpoints}
     if RANK == 0:
         print_table(results, args)
         for path in results:  # kept until all of them are evaluated
             result_path(path, args).with_suffix(".progress").unlink(missing_ok=True)
+    train.leave_processes()
 
 
-def evaluate_checkpoint(path, model, config, sha256, x, y, args):
-    """The result, which is also written beside the checkpoint. After each attack a file keeps how far it has come."""
-    path_of_result = result_path(path, args)
-    path_of_progress = path_of_result.with_suffix(".progress")
-    # What an interrupted evaluation must have in common with this one to be gone on with.
-    settings = {"sha256": sha256} | {name: getattr(args, name) for name in (
-        "images_sha256", "attack", "eps", "steps", "restarts", "num_images")}
-    state = initial_state(model, x, y, args.batch_size)
-    shared = [{"settings": settings, "radius": state["radius"].tolist(), "done": 0, "after": {}, "seconds": 0.0}]
-    if RANK == 0 and path_of_progress.exists():
-        saved = json.loads(path_of_progress.read_bytes())
-        shared = [saved] if saved["settings"] == settings else shared
-    if WORLD_SIZE > 1:
-        dist.broadcast_object_list(shared)
-    progress, = shared
-    state["radius"] = torch.tensor(progress["radius"], dtype=torch.double, device=y.device)
-
-    turns = {"clean": [], "pgd": pgd_turns(args.radii, args.restarts),
-             "autoattack": standard_turns(args.radii, state)}[args.attack]
-    lines = doubts(model, x, y, state, args.attack, args.batch_size)
+def evaluate_checkpoint(path, args, device):
+    """The result of one checkpoint on its own held-out images, which is also written beside it."""
+    model, config = train.load_checkpoint(path, device)
+    with train.rank_zero_first():
+        test_set = train.load_test_set(config, args.data_dir)
+    if args.num_images > len(test_set):
+        raise ValueError(f"--num-images {args.num_images}: there are {len(test_set)} held-out images")
+    images, labels = train.held_out(test_set, args.num_images)
+    x, y = images.to(device).float() / 255, labels.to(device)
+    logits = predict(model, x, args.batch_size)
+    lines = doubts(model, x, y, logits, args.batch_size)
     if config["epoch"] < config["epochs"]:
         lines.append(f"trained for {config['epoch']} of {config['epochs']} epochs")
-    start = time.perf_counter() - progress["seconds"]
-    bar = tqdm(turns[progress["done"]:], desc=str(path), initial=progress["done"], total=len(turns), leave=False,
-               unit=" attacks", disable=True if RANK else None)
-    write_json(path_of_progress, progress)  # to be unable to must not cost an hour
-    for turn in bar:
-        name, eps, _ = turn
-        bar.set_postfix_str(f"{accuracy(state, eps):.2f} % left for {name} at {args.eps[args.radii.index(eps)]}")
-        run_attack(turn, model, x, y, state, steps=args.steps, batch_size=args.batch_size, rank=RANK,
-                   world_size=WORLD_SIZE)
-        progress["after"][name] = [accuracy(state, eps) for eps in args.radii]
-        progress |= {"radius": state["radius"].tolist(), "done": progress["done"] + 1,
-                     "seconds": time.perf_counter() - start}
-        write_json(path_of_progress, progress)
-    after = progress["after"]
-    lost = [a - b for a, b in zip(after.get("FAB-T", []), after.get("Square", []))]
-    lines += doubt_of_square(max(lost, default=0))
+    if config["val_images"]:
+        lines.append(f"on the training images that --val-images {config['val_images']} held out, not on test images")
+    settings = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                "images_sha256": hashlib.sha256(images.numpy()).hexdigest(), "attack": args.attack, "radii": args.eps,
+                "steps": args.steps, "restarts": args.restarts, "num_images": args.num_images}
+    radius, after = attack_in_turns(model, x, y, logits, settings, path, args)
+    if any(a > b for a, b in zip(after.get("FAB-T", []), after.get("Square", []))):
+        lines.append("Square, which follows no gradient, broke images after the attacks that do had given up: the "
+                     "gradient may mislead them")
     result = settings | {
-        "checkpoint": str(path), "radii": args.radii, "clean_accuracy": accuracy(state, 0),
-        "robust_accuracy": [accuracy(state, eps) for eps in args.radii], "after": after, "warnings": lines,
+        "checkpoint": str(path), "clean_accuracy": accuracy(radius, 0),
+        "robust_accuracy": [accuracy(radius, eps) for eps in args.eps], "after": after, "warnings": lines,
         # For each ε, image by image: 1 where it stands. Models that met the same images can be compared in pairs.
-        "standing": ["".join(map(str, (state["radius"] > eps).int().tolist())) for eps in args.radii],
-        "seconds": time.perf_counter() - start, "config": config}
-    write_json(path_of_result, result)
+        "standing": ["".join(map(str, (radius > eps).int().tolist())) for eps in args.eps], "config": config}
+    write_json(result_path(path, args), result)
     warn(lines, f"{path}: ")
     return result
+
+
+def attack_in_turns(model, x, y, logits, settings, path, args):
+    """`radius` after all turns, and the accuracies after each attack. A file keeps how far it has come; what was
+    interrupted with the same settings goes on."""
+    targets, file = likeliest_others(logits), result_path(path, args).with_suffix(".progress")
+    turns, options = [], {}
+    if args.attack == "pgd":
+        turns, options = pgd_turns(args.eps, args.restarts), {"steps": args.steps}
+    elif args.attack == "autoattack":
+        turns = standard_turns(args.eps, targets)
+    progress = {"settings": settings, "radius": first_radius(logits, y).tolist(), "done": 0, "after": {}}
+    saved = train.from_rank_zero(lambda: json.loads(file.read_bytes()) if file.exists() else progress)
+    progress = saved if saved["settings"] == settings else progress
+    radius = torch.tensor(progress["radius"], dtype=torch.double, device=y.device)
+    bar = tqdm(turns[progress["done"]:], desc=str(path), initial=progress["done"], total=len(turns), leave=False,
+               unit=" attacks", disable=True if RANK else None)
+    for name, eps, number in bar:
+        bar.set_postfix_str(f"{accuracy(radius, eps):.2f} % left for {name} at ε={255 * eps:.3g}/255")
+        run_attack((name, eps, number), model, x, y, targets, radius, batch_size=args.batch_size, rank=RANK,
+                   world_size=WORLD_SIZE, **options)
+        progress["after"][name] = [accuracy(radius, eps) for eps in args.eps]
+        progress |= {"radius": radius.tolist(), "done": progress["done"] + 1}
+        write_json(file, progress)
+    return radius, progress["after"]
 
 
 def result_path(path, args):
     """runs/x/autoattack-500-eps4-8.json for runs/x/checkpoint.pt at 4/255 and 8/255, runs/x/best-... for best.pt."""
     stem = "" if path.stem == "checkpoint" else f"{path.stem}-"
-    radii = "-eps" + "-".join(f"{255 * eps:g}" for eps in args.radii) if args.radii else ""
+    radii = "-eps" + "-".join(f"{255 * eps:g}" for eps in args.eps) if args.eps else ""
     if args.sweep is not None:
         radii = f"-sweep{args.sweep}"
     return path.with_name(f"{stem}{args.name.replace('-', '').lower()}-{args.num_images}{radii}.json")
@@ -503,16 +476,17 @@ def result_path(path, args):
 def write_json(path, value):
     if RANK == 0:
         with train.replace(path) as file:
-            file.write(json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+            file.write(json.dumps(value, indent=1).encode() + b"\n")  # in ASCII: a name may be no UTF-8
 
 
 def print_table(results, args):
     """One row per checkpoint, and mean ± standard deviation of those that differ in their seed, and in it alone."""
-    rows, repeats = [[f"{args.name}, {args.num_images} images", "clean", *(f"ε={label}" for label in args.eps)]], {}
+    header = [f"{args.name}, {args.num_images} images", "clean", *(f"ε={255 * eps:.3g}/255" for eps in args.eps)]
+    rows, repeats = [header], {}
     for path, result in results.items():
         accuracies = [result["clean_accuracy"], *result["robust_accuracy"]]
         rows.append([str(path), *(f"{value:.2f}" for value in accuracies)])
-        repeats.setdefault(json.dumps(train.setting(result["config"])), []).append(
+        repeats.setdefault(json.dumps(train.recipe(result["config"])), []).append(
             (str(path), result["config"]["seed"], accuracies))
     for repeat in repeats.values():
         paths, seeds, accuracies = zip(*repeat)
@@ -526,40 +500,32 @@ def print_table(results, args):
 
 
 def parse_args():
-    count = train.in_range(int, 1)
-    parser = train.Parser(
-        description="Clean, PGD or AutoAttack accuracy (%) of checkpoints on held-out images, as a Markdown table; "
-                    "beside each checkpoint, as JSON.",
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("checkpoints", nargs="+", type=train.checkpoint_path, metavar="CHECKPOINT",
-                        help="checkpoint.pt of train.py, or its folder")
-    parser.add_argument("--attack", default="pgd", choices=["clean", "pgd", "autoattack"],
-                        help="autoattack is its standard version, complete: APGD-CE, APGD-T, FAB-T and Square")
-    parser.add_argument("--eps", nargs="+", default=["1/255", "2/255", "4/255"], metavar="E",
-                        help="radii of the L∞ ball, in pixels of [0, 1]")
-    parser.add_argument("--sweep", type=train.in_range(int, 1, 255), metavar="N",
-                        help="0/255, 1/255, ... N/255 in the place of --eps")
-    parser.add_argument("--steps", default=10, type=count, metavar="N", help="pgd: steps, of size 2.5ε/N")
-    parser.add_argument("--restarts", default=1, type=count, metavar="N", help="pgd: random starts")
-    parser.add_argument("--num-images", default=1000, type=count, metavar="N",
-                        help="held-out images: the same for all checkpoints, the classes in equal parts")
-    parser.add_argument("--batch-size", default=256, type=count, metavar="N",
-                        help="images per process and forward pass")
-    parser.add_argument("--data-dir", metavar="DIR", type=os.path.expanduser,
-                        help="where the data are; the place they were trained from if not given")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("checkpoints", nargs="+", type=train.checkpoint_path, metavar="CHECKPOINT",
+        help="checkpoint.pt of train.py, or its folder")
+    add("--attack", default="pgd", choices=["clean", "pgd", "autoattack"],
+        help="autoattack is its standard version, complete: APGD-CE, APGD-T, FAB-T and Square")
+    add("--eps", nargs="+", type=train.pixels, metavar="E",
+        help="radii of the L∞ ball, in pixels of [0, 1]; by default 1/255 2/255 4/255")
+    add("--sweep", type=int, metavar="N", help="0/255, 1/255, ... N/255 in the place of --eps")
+    add("--steps", default=10, type=int, metavar="N", help="pgd: steps, of size 2.5ε/N")
+    add("--restarts", default=1, type=int, metavar="N", help="pgd: random starts")
+    add("--num-images", default=1000, type=int, metavar="N", help="held-out images, the classes in equal parts")
+    add("--batch-size", default=256, type=int, metavar="N", help="images per process and forward pass")
+    add("--data-dir", metavar="DIR", help="where the data are, if not where they were trained from")
     args = parser.parse_args()
-    args.name = {"clean": "clean", "pgd": f"PGD-{args.steps}" + f"x{args.restarts}" * (args.restarts > 1),
-                 "autoattack": "AutoAttack"}[args.attack]
     if args.attack == "clean":
         args.eps, args.sweep = [], None
     elif args.sweep is not None:
-        args.eps = [f"{k}/255" for k in range(args.sweep + 1)]
-    try:
-        args.radii = [train.in_range(float, 0, 1)(label) for label in args.eps]
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        raise Mistake(f"argument --eps: {error}") from None
+        args.eps = [k / 255 for k in range(args.sweep + 1)]
+    elif args.eps is None:
+        args.eps = [1 / 255, 2 / 255, 4 / 255]
+    args.name = {"clean": "clean", "pgd": f"PGD-{args.steps}" + f"x{args.restarts}" * (args.restarts > 1),
+                 "autoattack": "AutoAttack"}[args.attack]
     return args
 
 
 if __name__ == "__main__":
-    train.run_script(main, "the same command goes on after the last attack")
+    main()

@@ -8,30 +8,31 @@
     python visualize.py attack    runs/natural runs/gradnorm                     # what the models say when attacked
     python visualize.py all       runs/                                          # all that the folder's runs allow
 
-A picture goes where --output says, else into the folder that holds the first run. Needs matplotlib.
+A picture goes where --output says, else into the folder that holds the first run. Needs matplotlib. Each picture is one
+function, from runs to a figure; read the one that you want. What they are made of, and the command line, come after.
 """
 
 import argparse
 import hashlib
 import json
 import os
-import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
+import matplotlib
 import torch
+from matplotlib.figure import Figure
 from torchvision.utils import make_grid
 
 import train
 from gradnorm import input_gradient, pgd_attack
-from train import Mistake
 
 # A method has the same colour in every picture; these can be told apart by colour-blind readers (Okabe, Ito, 2008).
-COLOURS = {"natural": "#0072B2", "gradnorm": "#D55E00", "adversarial": "#009E73"}
-NAMES = {"natural": "natural", "gradnorm": "GradNorm", "adversarial": "adversarial"}
+METHODS = {"natural": ("natural", "#0072B2"), "gradnorm": ("GradNorm", "#D55E00"),
+           "adversarial": ("adversarial", "#009E73")}  # name, colour
 
 
-# The pictures. Each takes runs, as load_run reads them, and returns a matplotlib figure; it raises Mistake where their
-# data are not there, and says how to get them.
+# The pictures. Each takes runs, as `load_run` reads and `tell_apart` names them, and returns a matplotlib figure.
 
 
 def gradients(runs, count=6):
@@ -43,7 +44,7 @@ def gradients(runs, count=6):
         gradient = input_gradient(model, x, labels)
         rows.append(gradient_tiles(gradient))
         captions.append([f"L1 norm {norm:.2g}" for norm in gradient.abs().sum((1, 2, 3)).tolist()])
-    return captioned_grid(rows, ["image"] + [run["label"] for run in runs], captions)
+    return captioned_grid(rows, ["image"] + [run.style["label"] for run in runs], captions)
 
 
 def attack(runs, count=4, steps=20):
@@ -52,11 +53,11 @@ def attack(runs, count=4, steps=20):
     models, x, labels, names = models_and_images(runs, count)
     rows, titles, captions = [x], ["image"], [names]
     for model, run in zip(models, runs):
-        eps, classes = run["config"]["eps"], run["config"]["classes"]
+        eps, classes = run.config["eps"], run.config["classes"]
         torch.manual_seed(0)
         attacked = pgd_attack(model, x, labels, eps=eps, steps=steps)
         rows += [(0.5 + 0.5 * (attacked - x) / eps).clamp(0, 1), attacked]
-        titles += [f"{run['label']}:\n{0.5 / eps:.0f} × the change", f"attacked,\nε = {fraction(run)}"]
+        titles += [f"{run.style['label']}:\n{0.5 / eps:.0f} × the change", f"attacked,\nε = {fraction(run)}"]
         for images, words in (x, "before"), (attacked, "after"):
             with torch.no_grad():
                 confidence, said = model(images).softmax(1).max(1)
@@ -67,15 +68,15 @@ def attack(runs, count=4, steps=20):
 def models_and_images(runs, count):
     """The models of the runs; `count` held-out images (N, C, H, W) that all of them classify rightly, the classes in
     turn; their labels (N,), and the names of these."""
-    config = runs[0]["config"]
-    models = [train.load_checkpoint(run["checkpoint"])[0] for run in runs]
+    config = runs[0].config
+    models = [train.load_checkpoint(run.checkpoint)[0] for run in runs]
     images, labels = train.held_out(train.load_test_set(config), 200)
     x = images.float() / 255
     with torch.no_grad():
         right = torch.stack([model(x).argmax(1) == labels for model in models]).all(0)
     chosen = right.nonzero()[:count, 0]  # held_out lets the classes take turns
     if not len(chosen):
-        raise Mistake("no image is classified rightly by all models: train them longer")
+        raise ValueError("no image is classified rightly by all models: train them longer")
     return models, x[chosen], labels[chosen], [config["classes"][label] for label in labels[chosen]]
 
 
@@ -100,15 +101,13 @@ def captioned_grid(rows, titles, captions):
 
 def epochs(runs, columns=10):
     """Strips of images and their ∇x L after some of the epochs; under them, mean ‖∇x L‖₁ of the held-out images."""
-    check_same_images(runs)
-    across = 1 + min(columns, max(len(run["metrics"]) for run in runs))
+    must_agree(runs, "eval_images")
+    across = 1 + min(columns, max(len(run.metrics) for run in runs))
     height = 16 / across
     figure = new_figure(10, len(runs) * (height + 0.5) + 3.4)
     *strip_axes, curve = figure.subplots(len(runs) + 1, 1, height_ratios=[height] * len(runs) + [3.0])
     for run, ax in zip(runs, strip_axes):
-        files = [run["path"] / f"gradients/{line['epoch']:04d}.pt" for line in run["metrics"]]
-        if not files or not all(file.exists() for file in files):
-            raise Mistake(f"{run['path']}/gradients lacks epochs: train.py writes a file into it after each")
+        files = [run.path / f"gradients/{line['epoch']:04d}.pt" for line in run.metrics]
         files = [files[round(i)] for i in torch.linspace(0, len(files) - 1, min(columns, len(files))).tolist()]
         kept = [torch.load(file, weights_only=True) for file in files]
         tiles = [kept[0]["images"][:2] / 255, *(gradient_tiles(each["gradients"].float()[:2]) for each in kept)]
@@ -118,7 +117,7 @@ def epochs(runs, columns=10):
         ax.set_xticks([i + 0.5 for i in range(len(tiles))], ["image", *(str(int(file.stem)) for file in files)])
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
-        ax.set_title(f"{run['label']}: ∇x L after epoch", color=run["colour"], loc="left")
+        ax.set_title(f"{run.style['label']}: ∇x L after epoch", color=run.style["color"], loc="left")
         plot(curve, run, *column(run, "gradient_norm"))
     curve.set_yscale("log")
     curve.locator_params(axis="y", subs=(1, 2, 5))
@@ -133,7 +132,7 @@ def epochs(runs, columns=10):
 
 def accuracy(runs):
     """Clean (solid) and PGD-10 accuracy (dashed) of the held-out images against the epoch."""
-    check_same_images(runs)
+    must_agree(runs, "eval_images")
     figure, ax = curves()
     for run in runs:
         plot(ax, run, *column(run, "clean_accuracy"))
@@ -150,13 +149,10 @@ def accuracy(runs):
 def sweep(runs):
     """Accuracy under attack against ε, from the results of evaluate.py --sweep; the training ε is marked."""
     figure, ax = curves()
-    swept = common_results(runs, "*-sweep*.json")
-    if not swept:
-        raise Mistake("the runs have no common sweep: python evaluate.py "
-                      f"{' '.join(str(run['checkpoint']) for run in runs)} --sweep 32 --steps 100")
+    swept = common_results(runs, ["*-sweep*.json"])
     for run, result in zip(runs, swept):
         plot(ax, run, [255 * eps for eps in result["radii"]], result["robust_accuracy"])
-    for i, eps in enumerate(sorted({run["config"]["eps"] for run in runs})):
+    for i, eps in enumerate(sorted({run.config["eps"] for run in runs})):
         ax.axvline(255 * eps, color="0.4", linewidth=1.5, linestyle=":", label="_" if i else "training ε")
     ax.set(xlabel="ε (1/255)", ylabel=f"{attack_name(swept[0])} accuracy (%)", ylim=(-2, 102))
     figure.legend(loc="outside right upper")
@@ -167,16 +163,13 @@ def cost(runs):
     """Robust accuracy at the training ε of the first run against the time of training, one point per run: AutoAttack's
     where all runs have it, else PGD's."""
     figure, ax = curves()
-    eps = runs[0]["config"]["eps"]
-    best = common_results(runs, "autoattack-*.json", eps) or common_results(runs, "pgd*.json", eps)
-    if not best:
-        raise Mistake(f"the runs have no common result at ε = {fraction(runs[0])}: python evaluate.py "
-                      f"{' '.join(str(run['checkpoint']) for run in runs)} --eps {fraction(runs[0])}")
+    eps = runs[0].config["eps"]
+    best = common_results(runs, ["autoattack-*.json", "pgd*.json"], eps)
     times = [sum(column(run, "seconds")[1]) / 60 for run in runs]
     for run, minutes, result in zip(runs, times, best):
         robust = result["robust_accuracy"][result["radii"].index(eps)]
         plot(ax, run, [minutes], [robust], markersize=9, linestyle="none")
-    parents = ", without --init's" if any(run["config"].get("parent") for run in runs) else ""
+    parents = ", without --init's" if any(run.config.get("parent") for run in runs) else ""
     ax.set(xlabel=f"training time (minutes{parents})", xlim=(0, 1.15 * max(times)),
            ylabel=f"{attack_name(best[0])} accuracy (%), ε = {fraction(runs[0])}", ylim=(0, 100))
     figure.legend(loc="outside right upper")
@@ -192,13 +185,9 @@ PICTURES = {"gradients": gradients, "epochs": epochs, "accuracy": accuracy, "swe
 
 def new_figure(width, height):
     """A figure outside pyplot, which would look for a screen and keep it."""
-    try:
-        import matplotlib.figure
-    except ImportError:
-        raise Mistake("pictures need matplotlib: pip install matplotlib") from None
     matplotlib.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False,
-                                "legend.frameon": False})
-    return matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
+                                "legend.frameon": False, "text.parse_math": False})  # a class may be named $
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def curves():
@@ -209,35 +198,26 @@ def curves():
 
 
 def plot(ax, run, x, y, **style):
-    ax.plot(x, y, **{"color": run["colour"], "label": run["label"], "linewidth": 2, "marker": run["marker"],
-                     "markersize": 5, "markevery": max(1, len(x) // 10)} | style)
+    ax.plot(x, y, **run.style | {"linewidth": 2, "markersize": 5, "markevery": max(1, len(x) // 10)} | style)
 
 
 def column(run, name):
     """Epochs, and the values of that name in metrics.jsonl."""
-    if not run["metrics"]:
-        raise Mistake(f"{run['path']} has no metrics.jsonl: train.py writes it after each epoch")
-    return [line["epoch"] for line in run["metrics"]], [line[name] for line in run["metrics"]]
+    return [line["epoch"] for line in run.metrics], [line[name] for line in run.metrics]
 
 
-def check_same_images(runs):
-    """Raises Mistake if the curves of metrics.jsonl are of different numbers of images: their difference would be that
-    of the images."""
-    first, *others = runs
-    for run in others:
-        if run["config"]["eval_images"] != first["config"]["eval_images"]:
-            raise Mistake(f"{run['path']} has --eval-images {run['config']['eval_images']}, {first['path']} "
-                          f"{first['config']['eval_images']}: draw runs that were evaluated on the same images")
-
-
-def common_results(runs, pattern, eps=None):
-    """Of the results whose files fit the pattern, that have ε, and that all runs have under the same name, which says
-    the attack and the images: those of most images and steps, one per run, or None."""
-    common = [{result["file"]: result for result in run["results"] if Path(result["file"]).match(pattern)
-               and (eps is None or eps in result["radii"])} for run in runs]
-    names = set.intersection(*map(set, common))
-    best = max(names, key=lambda name: (common[0][name]["num_images"], common[0][name]["steps"], name), default=None)
-    return best and [each[best] for each in common]
+def common_results(runs, patterns, eps=None):
+    """Of the results whose files fit a pattern, that have ε, and that all runs have under the same name, which says the
+    attack and the images: those of most images and steps, one per run. The first pattern that has any counts."""
+    for pattern in patterns:
+        common = [{result["file"]: result for result in run.results if Path(result["file"]).match(pattern)
+                   and (eps is None or eps in result["radii"])} for run in runs]
+        names = set.intersection(*map(set, common))
+        if names:
+            best = max(names, key=lambda name: (common[0][name]["num_images"], common[0][name]["steps"], name))
+            return [each[best] for each in common]
+    raise ValueError(f"the runs have no {' or '.join(patterns)} of evaluate.py in common"
+                     + (f" with ε = {255 * eps:.3g}/255" if eps else ""))
 
 
 def attack_name(result):
@@ -245,42 +225,85 @@ def attack_name(result):
 
 
 def fraction(run):
-    return f"{255 * run['config']['eps']:.3g}/255"
+    return f"{255 * run.config['eps']:.3g}/255"
 
 
 def load_run(path, data_dir=None):
     """A run's folder, or a checkpoint in it: its configuration, its metrics (one dict per epoch), its results of
-    evaluate.py, how it is drawn. The results alone are enough for the curves, where the checkpoint is not kept."""
+    evaluate.py. The results alone are enough for the curves, where the checkpoint is not kept."""
     checkpoint = train.checkpoint_path(path)
     path = checkpoint.parent
-    file = path / "metrics.jsonl"
-    try:
-        metrics = [json.loads(line) for line in file.read_bytes().splitlines()] if file.exists() else []
-        results = [json.loads(file.read_bytes()) | {"file": file.name} for file in sorted(path.glob("*-*.json"))]
-        config = results[0]["config"] if results and not checkpoint.exists() else None
-    except (ValueError, LookupError, TypeError) as error:
-        raise Mistake(f"a file in {path} is not of train.py or evaluate.py ({error}): move it away") from None
-    if not config:
+    results = [json.loads(file.read_bytes()) | {"file": file.name} for file in sorted(path.glob("*-*.json"))]
+    if results and not checkpoint.exists():
+        config = results[0]["config"]
+    else:
         config = train.read_checkpoint(checkpoint)["config"]
         sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-        for result in [result for result in results if result.get("sha256", sha256) != sha256]:
-            warnings.warn(f"{path / result['file']} is left out: it is of another checkpoint than {checkpoint}")
-            results.remove(result)
-    config["data_dir"] = data_dir or config["data_dir"]
-    method = config["method"]
-    return {"path": path, "checkpoint": checkpoint, "config": config, "metrics": metrics, "results": results,
-            "method": method, "colour": COLOURS[method], "label": NAMES[method], "marker": "o"}
+        results = [result for result in results if result.get("sha256") == sha256]  # none of an older checkpoint
+    metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_bytes().splitlines()]
+    return SimpleNamespace(path=path, checkpoint=checkpoint, metrics=metrics, results=results,
+                           config=config | {"data_dir": data_dir or config["data_dir"]})
 
 
-def told_apart(runs):
-    """Checks that the runs are of the same data. Those of one method get markers, and their folders for names."""
-    train.check_same_data({run["path"]: run["config"] for run in runs})
-    above = os.path.commonpath([run["path"].resolve().parent for run in runs])
-    for method in COLOURS:
-        same = [run for run in runs if run["method"] == method]
-        for run, marker in zip(same if len(same) > 1 else [], "osD^vPX*" * len(same)):
-            run |= {"label": os.path.relpath(run["path"].resolve(), above), "marker": marker}
+def tell_apart(runs):
+    """The runs, of the same data, each with the style of its lines: the colour and the name of its method, or, where several
+    have one method, its folder's name and a marker of its own."""
+    must_agree(runs, "dataset", "classes", "images", "val_images", "pixels")
+    above = os.path.commonpath([run.path.resolve().parent for run in runs])
+    for method, (name, colour) in METHODS.items():
+        same = [run for run in runs if run.config["method"] == method]
+        for run, marker in zip(same, "osD^vPX*" * len(same)):
+            label = name if len(same) == 1 else os.path.relpath(run.path.resolve(), above)
+            run.style = {"color": colour, "marker": marker, "label": label}
     return runs
+
+
+def must_agree(runs, *names):
+    """One picture of runs of different data, or of different numbers of images, would compare what cannot be."""
+    for name in names:
+        if any(run.config.get(name) != runs[0].config.get(name) for run in runs):
+            raise ValueError(f"the runs differ in {name}: draw them apart")
+
+
+# Command line
+
+
+def main():
+    train.tolerate_ascii()
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("picture", choices=[*PICTURES, "all"], help="all makes each of them that it has the data for")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
+                        help="folders of train.py, or their checkpoints; for all, folders that hold such folders")
+    parser.add_argument("--data-dir", metavar="DIR", help="where the data are, if not where they were trained from")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="PNG to write; for all, the folder to write into")
+    args = parser.parse_args()
+    if args.picture == "all":
+        draw_all(args)
+        return
+    runs = tell_apart([load_run(path, args.data_dir) for path in args.runs])
+    save(PICTURES[args.picture](runs), args.output or runs[0].path.resolve().parent / f"{args.picture}.png")
+
+
+def draw_all(args):
+    """All pictures of each folder that holds runs, of all its runs together. What cannot be drawn is told."""
+    folders = {}
+    for path in sorted({path.parent for folder in args.runs for path in folder.rglob("metrics.jsonl")}):
+        try:
+            folders.setdefault(path.parent, []).append(load_run(path, args.data_dir))
+        except Exception as error:
+            print(f"{path} is left out: {error}")
+    if not folders:
+        raise ValueError(f"no runs in {', '.join(map(str, args.runs))}")
+    if args.output and len(folders) > 1:
+        raise ValueError(f"--output {args.output} would get the pictures of {len(folders)} folders over one another")
+    for folder, runs in folders.items():
+        runs.sort(key=lambda run: list(METHODS).index(run.config["method"]))
+        for name, draw in PICTURES.items():
+            try:
+                save(draw(tell_apart(runs)), (args.output or folder) / f"{name}.png")
+            except Exception as error:  # a file or a result that they lack
+                print(f"no {name}.png of {folder}: {error}")
 
 
 def save(figure, path):
@@ -290,48 +313,5 @@ def save(figure, path):
     print(path)
 
 
-# Command line
-
-
-def main():
-    parser = train.Parser(description=__doc__, allow_abbrev=False,
-                          formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", choices=[*PICTURES, "all"], help="all makes each of them that it has the data for")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
-                        help="folders of train.py, or their checkpoints; for all, folders that hold such folders")
-    parser.add_argument("--data-dir", metavar="DIR", type=os.path.expanduser,
-                        help="where the data are; the place they were trained from if not given")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="PNG to write; for all, the folder to write into")
-    args = parser.parse_args()
-    if args.picture == "all":
-        draw_all(args)
-        return
-    runs = told_apart([load_run(path, args.data_dir) for path in args.runs])
-    output = args.output or runs[0]["path"].resolve().parent / f"{args.picture}.png"
-    save(PICTURES[args.picture](runs), output)
-
-
-def draw_all(args):
-    """All pictures of each folder that holds runs, of all its runs together."""
-    folders = {}
-    for path in sorted({path.parent for folder in args.runs for path in folder.rglob("metrics.jsonl")}):
-        try:
-            folders.setdefault(path.parent, []).append(load_run(path, args.data_dir))
-        except Mistake as error:
-            warnings.warn(f"left out: {error}")
-    if not folders:
-        raise Mistake(f"no runs in {', '.join(map(str, args.runs))}: train.py makes them")
-    if args.output and len(folders) > 1:
-        raise Mistake(f"--output {args.output} would get the pictures of {len(folders)} folders: draw one at a time")
-    for folder, runs in folders.items():
-        runs = sorted(runs, key=lambda run: list(COLOURS).index(run["method"]))
-        output = args.output or folder
-        for name, draw in PICTURES.items():
-            try:
-                save(draw(told_apart(runs)), output / f"{name}.png")
-            except Mistake as error:
-                warnings.warn(f"no {output / name}.png: {error}")
-
-
 if __name__ == "__main__":
-    train.run_script(main, "what is drawn so far stays")
+    main()

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import gradnorm
 import train
 
 METHODS = {  # name: (flags of train.py, cost in forward passes)
@@ -31,7 +32,9 @@ METHODS = {  # name: (flags of train.py, cost in forward passes)
 
 def make_step(model, optimizer, args, x, y):
     """A function that makes the k-th step of train.py's loop, on this batch, after the warm-up."""
-    objective = train.parallel(train.Objective(model, args), args, x.device)
+    objective = train.Objective(model, args)
+    if args.compile:
+        objective.compile()
     scaler = torch.amp.GradScaler(x.device.type, enabled=args.amp == "fp16")
     ramp = torch.ones((), device=x.device)
 
@@ -50,13 +53,15 @@ def make_step(model, optimizer, args, x, y):
 
 def main():
     parser = train.make_parser()
-    parser.set_defaults(image_size=32)
+    parser.set_defaults(model="convnet", image_size=32)
     parser.add_argument("--rounds", type=int, default=20, help="steps of each method that are timed")
     args = parser.parse_args()
     device = train.start_process()
-    train.prefer_speed()
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    gradnorm.CHECK_VALUES = False
     model = train.build_model(args.model, 3, 10, args.activation, image_size=args.image_size).to(device).train()
-    train.batchnorms(model).eval()
+    train.freeze_batchnorm(model)
     # One optimiser for all, at a rate of 0: the same work, and the weights stay as they are.
     optimizer = train.build_optimizer(model, argparse.Namespace(**vars(args) | {"lr": 0.0}))
     x = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=device)
@@ -94,4 +99,4 @@ def main():
 
 
 if __name__ == "__main__":
-    train.run_script(main, "nothing is kept")
+    main()
