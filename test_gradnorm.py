@@ -759,16 +759,29 @@ def test_each_epoch_draws_its_own_noise_and_strong_augmentation_mixes_targets(fo
 
 
 def test_two_processes_train_as_one(folder, tmp_path, on_cpu):
+    """Each has a disk of its own, and only that of rank 0 gets a checkpoint. The first time it ends in epoch 2."""
     common = ["--optimizer", "sgd", "--lr", "0.1"]
     run(*flags_for(folder, tmp_path / "one"), *common)
-    two = start(*flags_for(folder, tmp_path / "two"), *common, "--batch-size", "8", launcher=TORCHRUN)
-    output, errors = two.communicate(timeout=120)
-    assert two.returncode == 0, errors
-    assert len(output.splitlines()) == 3  # rank 0 alone speaks
-    torch.testing.assert_close(saved(tmp_path / "two"), saved(tmp_path / "one"), rtol=1e-4, atol=1e-6)
-    for a, b in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one")):
-        for name in ("clean_accuracy", "pgd10_accuracy", "gradient_norm"):
+    script, disks = tmp_path / "apart.py", [tmp_path / "disk0", tmp_path / "disk1"]
+    for disk in disks:
+        disk.mkdir()
+    script.write_text(f"import os, train\nos.chdir('{tmp_path}/disk' + os.environ['RANK'])\n"
+                      "validate, calls = train.validate, []\n"
+                      "def ended(*args):\n    calls.append(0)\n    assert len(calls) < 2, 'no power'\n"
+                      "    return validate(*args)\n"
+                      f"if not os.path.exists('{disks[0]}/two'):\n    train.validate = ended\ntrain.main()\n")
+    for ends in (True, False):
+        began = time.time()
+        two = start(*flags_for(folder, "two"), *common, "--batch-size", "8", "--resume", launcher=TORCHRUN,
+                    script=script)
+        output, errors = two.communicate(timeout=120)
+        assert (two.returncode, "no power" in errors) == (ends, ends), errors
+        assert time.time() - began < 60 and len(output.splitlines()) == 2  # rank 0 alone speaks
+    torch.testing.assert_close(saved(disks[0] / "two"), saved(tmp_path / "one"), rtol=1e-4, atol=1e-6)
+    for a, b in zip(metrics(disks[0] / "two"), metrics(tmp_path / "one"), strict=True):
+        for name in ("loss", "clean_accuracy", "pgd10_accuracy", "gradient_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-4), name
+    assert not any(disks[1].iterdir())
 
 
 def test_init_starts_from_the_weights_of_another_run(folder, tmp_path):
@@ -841,6 +854,20 @@ def test_killed_and_resumed_equals_undisturbed(folder, tmp_path, on_cpu):
         torch.testing.assert_close(killed, undisturbed, rtol=0, atol=0)
     for a, b in zip(metrics(tmp_path / "killed"), metrics(tmp_path / "undisturbed"), strict=True):
         assert all(a[name] == b[name] for name in a if name != "seconds")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError), train.replace(path) as file:
+        file.write(b"half of the n")
+        raise RuntimeError
+    assert path.read_bytes() == b"old" and [*tmp_path.iterdir()] == [path]  # a full disk gets its room back
+    with open(path, "rb") as reader:
+        with train.replace(path) as file:
+            file.write(b"new")
+        assert reader.read() == b"old"  # the old file is left as it was, to whoever has it open
+    assert path.read_bytes() == b"new"
 
 
 def test_two_processes_evaluate_what_is_saved_and_stop_together_at_a_nan(folder, tmp_path):
@@ -1218,6 +1245,46 @@ def test_a_vision_transformer_is_built_again_for_its_image_size(folder, tmp_path
     assert model(torch.rand(2, 3, 16, 16)).shape == (2, 3) and config["pixels"] == 16
 
 
+def test_images_of_more_than_8_bits_are_refused_by_name(tmp_path):
+    grey = np.linspace(0, 65535, 64).reshape(8, 8)
+    for name, pixels in ("16.png", grey.astype(np.uint16)), ("32.tif", grey.astype(np.float32)):
+        Image.fromarray(pixels).save(tmp_path / name)
+        with pytest.raises(OSError, match=f"{name}.*not bytes"):
+            train.read_image(tmp_path / name)
+    Image.fromarray((grey / 257).astype(np.uint8)).save(tmp_path / "8.png")
+    image = train.read_image(tmp_path / "8.png")
+    assert image.mode == "RGB" and len(np.unique(image)) == 64
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_images_are_on_white(tmp_path, mode):
+    """An icon, black on transparent black, which would be all black."""
+    icon = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    icon.paste((0, 0, 0, 255), (2, 2, 6, 6))
+    icon.paste((0, 0, 0, 128), (0, 0, 1, 1))
+    if mode == "P":
+        icon = Image.new("P", (8, 8), 0)
+        icon.putpalette([0, 0, 0, 0, 0, 0])
+        icon.paste(1, (2, 2, 6, 6))
+        icon.save(tmp_path / "icon.png", transparency=0)
+    else:
+        icon.convert(mode).save(tmp_path / "icon.png")
+    image = np.array(train.read_image(tmp_path / "icon.png"))
+    assert (image[2:6, 2:6] == 0).all() and (image[7] == 255).all()
+    assert mode == "P" or (image[0, 0] == 127).all()
+    opaque = Image.fromarray(np.random.default_rng(0).integers(256, size=(8, 8, 3), dtype=np.uint8))
+    opaque.save(tmp_path / "rgb.png")
+    opaque.convert("RGBA").save(tmp_path / "rgba.png")
+    assert (np.array(train.read_image(tmp_path / "rgba.png")) == np.array(opaque)).all()
+
+
+def test_an_unreadable_image_is_named(folder, tmp_path):
+    bad = tmp_path / "data"
+    shutil.copytree(folder, bad)
+    (bad / "train/red/7.jpg").write_bytes((folder / "train/red/7.jpg").read_bytes()[:300])
+    assert str(bad / "train/red/7.jpg") in mistake(*flags_for(bad, tmp_path / "run"), "--workers", "1")
+
+
 def test_one_class_is_refused(folder, tmp_path):
     (tmp_path / "data/train").mkdir(parents=True)
     (tmp_path / "data/val").mkdir()
@@ -1233,6 +1300,17 @@ def test_train_and_val_must_have_the_same_classes(folder, tmp_path):
     (bad / "val/blue").mkdir(parents=True)
     (bad / "val/blue/0.jpg").symlink_to(folder / "val/blue/0.jpg")
     assert "['green', 'red']" in mistake(*flags_for(bad, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "visualize"])
+def test_help_is_printed_on_any_screen(script, capsys):
+    """One of ASCII, a notebook's, which has no `reconfigure`, and none."""
+    screens = [io.TextIOWrapper(io.BytesIO(), encoding="ascii"), io.StringIO(), None]
+    for screen in screens:
+        with pytest.raises(SystemExit) as end, contextlib.redirect_stdout(screen):
+            run("--help", script=sys.modules[script])
+        assert end.value.code == 0
+    assert "usage" in screens[1].getvalue()
 
 
 # The claim
@@ -2029,17 +2107,30 @@ def test_runs_of_one_method_are_told_apart(runs, tmp_path):
     assert [run.style["label"] for run in several[:2]] == ["runs/gradnorm", "more/gradnorm"]
 
 
-def test_pictures_of_what_is_not_there_are_told(runs, tmp_path):
+def test_pictures_of_what_is_not_there_are_told(runs, tmp_path, capsys):
     shutil.rmtree(runs[0] / "gradients")
     (runs[0] / "pgd10-12-eps8.json").unlink()
     for path, bias in (runs[0], [-1000.0, -1000.0, 0.0]), (runs[1], [0.0, 0.0, -1000.0]):
         rewrite(path / "checkpoint.pt", bias=bias)
+    shutil.copytree(runs[2], tmp_path / "more/run")
+    for name, change in (("strange", {"val_images": 12}), ("fewer", {"eval_images": 6})):
+        shutil.copytree(runs[2], tmp_path / name)
+        rewrite(tmp_path / name / "checkpoint.pt", **change)
     for flags, words in [
         (["accuracy", tmp_path / "none"], "none"), (["epochs", runs[0]], "gradients/0001.pt"),
         (["cost", runs[0]], "with ε = 8/255"), (["portrait", runs[0]], "portrait"),
         (["gradients", *runs], "no image is classified rightly"), (["attack", *runs], "no image is classified rightly"),
+        (["gradients", runs[2], tmp_path / "strange"], "differ in val_images"),
+        (["accuracy", runs[2], tmp_path / "fewer"], "differ in eval_images"),
+        (["epochs", runs[2], tmp_path / "fewer"], "differ in eval_images"),
+        (["all", tmp_path / "runs", tmp_path / "more", "--output", tmp_path], "2 folders"),
+        (["all", runs[1] / "gradients"], "no runs in"),
     ]:
         assert words in mistake(*flags, script=visualize)
+    assert not [*tmp_path.rglob("*.png")]
+    (runs[1] / "checkpoint.pt").write_bytes(b"half a file")
+    run("all", tmp_path / "runs", script=visualize)
+    assert f"{runs[1]} is left out: " in capsys.readouterr().out and (tmp_path / "runs/accuracy.png").exists()
 
 
 def test_the_readmes_python_runs(gallery, short_attacks, tmp_path, monkeypatch):

@@ -415,11 +415,14 @@ def read_images(args, folder, train_part):
 
 
 def read_image(path):
-    """An image file as PIL image of RGB bytes."""
+    """An image file as a PIL image of RGB bytes; what is transparent is white, as a viewer shows it."""
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):  # which convert would clip to white
                 raise ValueError(f"its pixels are {image.mode}, not bytes")
+            if "A" in image.mode or "transparency" in image.info:  # which convert would drop
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except Exception as error:  # PIL does not name the file whose end is missing
         raise OSError(f"cannot read the image {path}: {error}") from error
