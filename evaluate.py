@@ -270,7 +270,8 @@ ATTACKS = {"PGD": (pgd, ["seeds"]), "APGD-CE": (apgd, ["seeds"]), "APGD-T": (apg
 
 def autoattack(model, x, y, *, eps, batch_size=256):
     """Standard AutoAttack. Returns images (N, C, H, W), in at least float32: misclassified ones within ε of `x`; `x`
-    where it found none. Warns of signs that they are not to be trusted; raises ValueError where the input is wrong."""
+    where it found none. Warns of signs that they are not to be trusted; raises ValueError where the input is wrong. On
+    a CPU or CUDA: distances are taken in float64, which Apple's GPUs lack."""
     model, x, y, logits = prepared(model, x, y, eps, batch_size)
     radius, targets, images = first_radius(logits, y), likeliest_others(logits), x.clone()
     for turn in standard_turns([eps], targets):
@@ -354,7 +355,7 @@ def prepared(model, x, y, eps, batch_size):
         warn(["the model is in train mode, with its dropout and BatchNorm: call model.eval() first"])
     if x.dtype == torch.float16:
         warn(["the model is attacked in float16, where small gradients are lost: convert it and x with .float()"])
-    inner, dtype, x, y = model, x.dtype, at_least_float32(x.detach()), y.long()
+    inner, dtype, x, y = model, x.dtype, at_least_float32(x.detach()).clamp(0, 1), y.long()
 
     def model(images):
         return inner(images.to(dtype))

@@ -114,10 +114,11 @@ def pgd_attack(model, x, y, *, eps=4 / 255, step_size=None, steps=10, random_sta
     """L∞ projected gradient ascent on the loss (Madry et al., "Towards Deep Learning Models Resistant to
     Adversarial Attacks", ICLR 2018).
 
-    `x` holds pixels in [0, 1]; `eps` and `step_size` are in pixels. `step_size` is by default 2.5 · ε / steps, which is
-    the paper's validation attack (PGD-10, ε = 4/255, step 1/255). The first point is drawn uniformly from the ball, or
-    it is `x` without `random_start`, or `start`, images (N, C, H, W). The model is attacked in the mode that it is in;
-    a BatchNorm in train mode therefore updates its statistics. Parameters' `.grad` stay untouched.
+    `x` holds pixels in [0, 1], up to rounding; `eps` and `step_size` are in pixels. `step_size` is by default
+    2.5 · ε / steps, which is the paper's validation attack (PGD-10, ε = 4/255, step 1/255). The first point is drawn
+    uniformly from the ball, or it is `x` without `random_start`, or `start`, images (N, C, H, W). The model is attacked
+    in the mode that it is in; a BatchNorm in train mode therefore updates its statistics. Parameters' `.grad` stay
+    untouched.
 
     Returns adversarial images (N, C, H, W) within ε of `x` and within [0, 1], detached, in at least float32; pixels
     whose gradient is nan become nan.
@@ -127,7 +128,7 @@ def pgd_attack(model, x, y, *, eps=4 / 255, step_size=None, steps=10, random_sta
         raise ValueError(f"steps must not be negative, not {steps}")
     step_size = 2.5 * eps / max(steps, 1) if step_size is None else step_size
     # The ball's walls would be rounded in bfloat16. The model gets images of the type that it was given.
-    dtype, x = x.dtype, at_least_float32(x.detach())
+    dtype, x = x.dtype, at_least_float32(x.detach()).clamp(0, 1)
     lowest, highest = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
     if start is None:
         start = x + torch.empty_like(x).uniform_(-eps, eps) if random_start else x
@@ -216,9 +217,10 @@ def check_images(x, eps=0.0, sigma=1.0, pixels=False):
     sigma = torch.as_tensor(sigma)
     if sigma.numel() not in (1, x.shape[1]) or not (sigma > 0).all():  # three on a grey image would triple its norm
         raise ValueError(f"sigma must be positive, one number or one per channel, not {sigma.tolist()}")
-    if pixels and not ((x >= 0) & (x <= 1)).all():  # nan too
-        raise ValueError(f"x must hold pixels in [0, 1], not [{x.min():.3g}, {x.max():.3g}]: "
-                         "put the normalisation into the model")
+    outside = max(-x.min().item(), x.max().item() - 1) if pixels else 0.0
+    if not outside <= 1e-6:  # more than a resized image's rounding; or nan
+        raise ValueError(f"x must hold pixels in [0, 1], and is outside by {outside:.2g}: put the normalisation into "
+                         "the model")
 
 
 def check_targets(logits, y):

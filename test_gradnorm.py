@@ -379,8 +379,16 @@ def test_inference_mode_raises(call):
 def test_images_that_are_no_pixels_and_negative_eps_raise(call):
     model, (x, y) = smooth_model(), batch()
     for wrong in (x - 0.5, x + 0.5, 255 * x, x * math.nan):
-        with pytest.raises(ValueError, match="pixels in"):
+        outside = f"{max(-wrong.min().item(), wrong.max().item() - 1):.2g}"
+        with pytest.raises(ValueError, match=f"pixels in .* by {re.escape(outside)}:"):
             call(model, wrong, y, eps=0.1)
+    x = x.float().round()
+    rounded = x + 2.4e-7 * (2 * x - 1)  # as of an image that was resized, on both sides
+    assert rounded.min() < 0 and rounded.max() > 1
+    torch.manual_seed(1)
+    attacked = call(model.float(), rounded, y, eps=0.1)
+    torch.manual_seed(1)
+    torch.testing.assert_close(attacked, call(model, x, y, eps=0.1), rtol=0, atol=0)  # ε counts from the clamped image
     for other, eps in itertools.product((call, *LOSSES), (-0.1, math.nan, 8)):  # 8/255 was meant
         with pytest.raises(ValueError, match=f"eps.*{eps}"):
             other(model, x, y, eps=eps)
@@ -440,7 +448,7 @@ class CountWaits(TorchDispatchMode):
 
 def test_a_loop_that_knows_its_data_does_not_wait_for_their_checks(monkeypatch):
     model, (x, y) = smooth_model(), batch()
-    for call, waits in ((partial(pgd_attack, steps=5), 7), (gradnorm_loss, 2), (LOSSES[1], 3)):
+    for call, waits in ((partial(pgd_attack, steps=5), 8), (gradnorm_loss, 2), (LOSSES[1], 3)):
         for check in (True, False):
             monkeypatch.setattr(gradnorm, "CHECK_VALUES", check)
             with CountWaits() as counter:
@@ -1070,12 +1078,15 @@ def test_data_sets_of_torchvision(tmp_path, monkeypatch, name, source, shape, ch
         train.load_dataset(args, "train")
 
 
-def test_imagenette_is_decoded_a_little_larger_than_its_crops(tmp_path):
+def test_imagenette_is_complete_and_decoded_a_little_larger_than_its_crops(tmp_path, monkeypatch):
     for part, name, i in itertools.product(("train", "val"), ("n01440764", "n03888257"), range(3)):
         (tmp_path / "imagenette2-160" / part / name).mkdir(parents=True, exist_ok=True)
         pixels = torch.randint(256, (3, 40, 60), dtype=torch.uint8)
         to_pil_image(pixels).save(tmp_path / "imagenette2-160" / part / name / f"{i}.JPEG")
     args = settings("--dataset", "imagenette", "--data-dir", str(tmp_path), "--image-size", "16", "--augment", "basic")
+    with pytest.raises(ValueError, match="imagenette2-160 has 6 images of 2 classes in train/, not 9469 of 10: remove"):
+        train.load_dataset(args, "train")  # half of it, as an extraction that was cut short leaves it
+    monkeypatch.setattr(train, "IMAGENETTE", {"train": (6, 2), "val": (6, 2)})
     seen, held_out = (train.load_dataset(args, part) for part in ("train", "test"))
     assert seen.images.shape == (6, 3, 18, 18) and held_out.images.shape == (6, 3, 16, 16)
     assert held_out.classes == ["tench", "parachute"] and held_out.targets.tolist() == [0, 0, 0, 1, 1, 1]
@@ -2099,12 +2110,41 @@ def test_all_draws_the_rest_where_the_data_are_elsewhere(runs, folder, tmp_path,
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
-def test_runs_of_one_method_are_told_apart(runs, tmp_path):
+def test_runs_of_one_method_are_told_apart_whatever_their_names(runs, tmp_path):
+    names = ["_first", "$", "$$$"]  # matplotlib hides the first and parses the others
+    copies = [Path(shutil.copytree(runs[1], tmp_path / "odd" / name)) for name in names]
+    figure = visualize.accuracy(drawable(copies))
+    visualize.save(figure, tmp_path / "odd.png")
+    legend, = figure.legends
+    assert {text.get_text().strip() for text in legend.get_texts()} >= {*names}
+    for path in copies[:2]:
+        rewrite(path / "checkpoint.pt", classes=["$", "$$", "$$$"])
+    folder = tmp_path / "classes"
+    for part, (name, source) in itertools.product(("train", "val"), zip(("$", "$$", "$$$"), ("blue", "green", "red"))):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / part / name).symlink_to(Path(visualize.load_run(copies[2]).config["data_dir"]) / part / source)
+    run("gradients", *copies[:2], "--data-dir", folder, "--output", tmp_path / "classes.png", script=visualize)
     shutil.copytree(runs[1], tmp_path / "more/gradnorm")
     several = drawable([runs[1], tmp_path / "more/gradnorm", runs[0]])
     assert several[2].style["label"] == "natural"
     assert several[0].style["marker"] != several[1].style["marker"] and several[0].style["color"] == several[1].style["color"]
     assert [run.style["label"] for run in several[:2]] == ["runs/gradnorm", "more/gradnorm"]
+
+
+def test_linked_runs_are_drawn_beside_their_links(runs, tmp_path, capsys):
+    links = tmp_path / "links"
+    links.mkdir()
+    for i, path in enumerate(runs[:2]):
+        shutil.copytree(path, tmp_path / f"elsewhere/job-{i}")
+        (links / path.name).symlink_to(tmp_path / f"elsewhere/job-{i}")
+    (links / "round").symlink_to(links)  # and round for ever
+    run("all", links, script=visualize)
+    assert (links / "accuracy.png").exists() and "left out" not in capsys.readouterr().out
+    run("accuracy", links / "natural", links / "gradnorm", script=visualize)
+    assert capsys.readouterr().out.strip() == str(links / "accuracy.png")
+    assert [path.suffix for path in (tmp_path / "elsewhere").iterdir()] == ["", ""]  # no picture
+    (links / "again").symlink_to(runs[1])
+    assert [run.style["label"] for run in drawable([links / "gradnorm", links / "again"])] == ["gradnorm", "again"]
 
 
 def test_pictures_of_what_is_not_there_are_told(runs, tmp_path, capsys):

@@ -353,6 +353,9 @@ def load_data(args, pin_memory):
     return train_set, test_set, loader
 
 
+IMAGENETTE = {"train": (9469, 10), "val": (3925, 10)}  # images, classes; an extraction cut short leaves fewer
+
+
 def load_dataset(args, part):
     """The images to train on ("train"), or those to evaluate on ("test"): the test part of --dataset, or, with
     --val-images, so many of its training images, the classes in equal parts. Items are (image (C, H, W) uint8, class).
@@ -403,8 +406,11 @@ def read_images(args, folder, train_part):
     if args.dataset == "imagenette":  # photographs of ten classes, decoded once, a little larger than the crop
         side = args.image_size * 9 // 8
         decode = v2.Compose([v2.PILToTensor(), v2.Resize(side), v2.CenterCrop(side)])
-        data = torchvision.datasets.Imagenette(folder, "train" if train_part else "val", "160px", transform=decode,
-                                               download=not (folder / "imagenette2-160").exists())
+        part, place = "train" if train_part else "val", folder / "imagenette2-160"
+        data = torchvision.datasets.Imagenette(folder, part, "160px", download=not place.exists(), transform=decode)
+        if (found := (len(data), len(data.classes))) != IMAGENETTE[part]:
+            raise ValueError("{} has {} images of {} classes in {}/, not {} of {}: remove it, and it is downloaded "
+                             "anew".format(place, *found, part, *IMAGENETTE[part]))
         images, targets = zip(*tqdm(data, desc="decoding", leave=False, disable=True if RANK else None))
         return torch.stack(images), torch.tensor(targets), [names[0] for names in data.classes]
     source = torchvision.datasets.CIFAR10 if args.dataset == "cifar10" else torchvision.datasets.FashionMNIST
@@ -567,6 +573,10 @@ def start_process():
     device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    missing = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+               if not os.environ.get(name)]
+    if missing and (RANK, LOCAL_RANK, WORLD_SIZE) != (0, 0, 1):  # a rank 1 of one process would write nothing
+        raise ValueError(f"the environment has some of torchrun's variables, but not {', '.join(missing)}")
     if WORLD_SIZE > 1:
         backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1), device_id=device_id)

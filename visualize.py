@@ -246,14 +246,15 @@ def load_run(path, data_dir=None):
 
 
 def tell_apart(runs):
-    """The runs, of the same data, each with the style of its lines: the colour and the name of its method, or, where several
-    have one method, its folder's name and a marker of its own."""
+    """The runs, of the same data, each with the style of its lines: the colour and the name of its method, or, where
+    several have one method, its folder's name and a marker of its own."""
     must_agree(runs, "dataset", "classes", "images", "val_images", "pixels")
-    above = os.path.commonpath([run.path.resolve().parent for run in runs])
+    above = os.path.commonpath([os.path.abspath(run.path.parent) for run in runs])
     for method, (name, colour) in METHODS.items():
         same = [run for run in runs if run.config["method"] == method]
         for run, marker in zip(same, "osD^vPX*" * len(same)):
-            label = name if len(same) == 1 else os.path.relpath(run.path.resolve(), above)
+            label = name if len(same) == 1 else os.path.relpath(os.path.abspath(run.path), above)
+            label = f" {label}" if label.startswith("_") else label  # which a legend would leave out
             run.style = {"color": colour, "marker": marker, "label": label}
     return runs
 
@@ -282,13 +283,13 @@ def main():
         draw_all(args)
         return
     runs = tell_apart([load_run(path, args.data_dir) for path in args.runs])
-    save(PICTURES[args.picture](runs), args.output or runs[0].path.resolve().parent / f"{args.picture}.png")
+    save(PICTURES[args.picture](runs), args.output or runs[0].path.absolute().parent / f"{args.picture}.png")
 
 
 def draw_all(args):
     """All pictures of each folder that holds runs, of all its runs together. What cannot be drawn is told."""
     folders = {}
-    for path in sorted({path.parent for folder in args.runs for path in folder.rglob("metrics.jsonl")}):
+    for path in find_runs(args.runs):
         try:
             folders.setdefault(path.parent, []).append(load_run(path, args.data_dir))
         except Exception as error:
@@ -304,6 +305,18 @@ def draw_all(args):
                 save(draw(tell_apart(runs)), (args.output or folder) / f"{name}.png")
             except Exception as error:  # a file or a result that they lack
                 print(f"no {name}.png of {folder}: {error}")
+
+
+def find_runs(folders):
+    """The folders of runs under some folders, through links too, each once."""
+    paths, seen = [], set()
+    for path, children, files in (each for folder in folders for each in os.walk(folder, followlinks=True)):
+        if os.path.realpath(path) in seen:  # a link to a folder above would go round for ever
+            children.clear()
+        elif "metrics.jsonl" in files:
+            paths.append(Path(path))
+        seen.add(os.path.realpath(path))
+    return sorted(paths)
 
 
 def save(figure, path):
