@@ -7,7 +7,7 @@
 Read `autoattack` and `run_attack`, how the attacks take turns on what is left standing; above them are the attacks of
 standard AutoAttack (Croce, Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
 parameter-free attacks", ICML 2020, arXiv 2003.01690), each by itself; the command line can be skipped. A result is
-written beside its checkpoint, as autoattack-500-eps4-8-16.json; the same command goes on where it was interrupted.
+written beside its checkpoint, as autoattack-500-eps4-8-16.json; the same command resumes an interrupted evaluation.
 
 Everywhere, `x` holds pixels in [0, 1], (N, C, H, W), `y` class indices (N,), `eps` is in pixels, and `model` is any
 `nn.Module` from pixels to logits (N, classes), in eval mode. At most `batch_size` images go through it at a time. The
@@ -307,18 +307,18 @@ def run_attack(turn, model, x, y, targets, radius, images=None, *, batch_size=25
     than those before it, and puts what it found there into `images`."""
     name, eps, number = turn
     attack, takes = ATTACKS[name]
-    rows = (radius > eps).nonzero()[rank::world_size, 0]
-    for some in rows.split(8 * batch_size) if len(rows) else []:  # bounds the memory
+    standing = (radius > eps).nonzero()[rank::world_size, 0]
+    for rows in standing.split(8 * batch_size) if len(standing) else []:  # bounds the memory
         if "seeds" in takes:
-            options["seeds"] = F.pad(some[:, None], (0, 1), value=number)
+            options["seeds"] = torch.stack([rows, torch.full_like(rows, number)], 1)
         if "target" in takes:
-            options["target"] = targets[some, number]
-        found = attack(model, x[some], y[some], eps=eps, batch_size=batch_size, **options)
-        proved = proved_radius(model, x[some], y[some], found, batch_size)
-        closer = proved < radius[some]
-        radius[some[closer]] = proved[closer]
+            options["target"] = targets[rows, number]
+        found = attack(model, x[rows], y[rows], eps=eps, batch_size=batch_size, **options)
+        proved = proved_radius(model, x[rows], y[rows], found, batch_size)
+        closer = proved < radius[rows]
+        radius[rows[closer]] = proved[closer]
         if images is not None:
-            images[some[closer]] = found[closer]
+            images[rows[closer]] = found[closer]
     if world_size > 1:
         dist.all_reduce(radius, dist.ReduceOp.MIN)
 
@@ -355,15 +355,15 @@ def prepared(model, x, y, eps, batch_size):
         warn(["the model is in train mode, with its dropout and BatchNorm: call model.eval() first"])
     if x.dtype == torch.float16:
         warn(["the model is attacked in float16, where small gradients are lost: convert it and x with .float()"])
-    inner, dtype, x, y = model, x.dtype, at_least_float32(x.detach()).clamp(0, 1), y.long()
+    dtype, x, y = x.dtype, at_least_float32(x.detach()).clamp(0, 1), y.long()
 
-    def model(images):
-        return inner(images.to(dtype))
+    def float_model(images):
+        return model(images.to(dtype))
 
-    logits = predict(model, x, batch_size)
+    logits = predict(float_model, x, batch_size)
     check_targets(logits, y)
-    warn(doubts(model, x, y, logits, batch_size))
-    return model, x, y, logits
+    warn(doubts(float_model, x, y, logits, batch_size))
+    return float_model, x, y, logits
 
 
 def doubts(model, x, y, logits, batch_size):
@@ -454,7 +454,7 @@ def attack_in_turns(model, x, y, logits, settings, path, args):
     progress = saved if saved["settings"] == settings else progress
     radius = torch.tensor(progress["radius"], dtype=torch.double, device=y.device)
     bar = tqdm(turns[progress["done"]:], desc=str(path), initial=progress["done"], total=len(turns), leave=False,
-               unit=" attacks", disable=True if RANK else None)
+               unit=" attacks", disable=train.NO_BAR)
     for name, eps, number in bar:
         bar.set_postfix_str(f"{accuracy(radius, eps):.2f} % left for {name} at ε={255 * eps:.3g}/255")
         run_attack((name, eps, number), model, x, y, targets, radius, batch_size=args.batch_size, rank=RANK,
@@ -508,7 +508,7 @@ def parse_args():
         help="checkpoint.pt of train.py, or its folder")
     add("--attack", default="pgd", choices=["clean", "pgd", "autoattack"],
         help="autoattack is its standard version, complete: APGD-CE, APGD-T, FAB-T and Square")
-    add("--eps", nargs="+", type=train.pixels, metavar="E",
+    add("--eps", nargs="+", type=train.pixel_value, metavar="E",
         help="radii of the L∞ ball, in pixels of [0, 1]; by default 1/255 2/255 4/255")
     add("--sweep", type=int, metavar="N", help="0/255, 1/255, ... N/255 in the place of --eps")
     add("--steps", default=10, type=int, metavar="N", help="pgd: steps, of size 2.5ε/N")

@@ -8,10 +8,11 @@ ECCV 2024, arXiv 2409.20139.
 Since ‖∇x L‖₁ = max over ‖δ‖∞ ≤ 1 of δᵀ∇x L, the sum L(x) + ε‖∇x L‖₁ is the first-order Taylor expansion of
 the adversarial loss L(x + ε · sign ∇x L): with λ_CE = λ_GN, GradNorm is adversarial training of the linearised loss.
 
-Read the two losses and `pgd_attack`; below them are their parts, traps of precision, and checks of the input. This file
-needs torch alone and can be copied into any project. Everywhere, `x` holds images (N, C, H, W), and `y` their targets:
-class indices (N,) or class probabilities (N, classes), as mixup makes them. `model` is an `nn.Module` from images to
-logits (N, classes). Input that would give a wrong number in silence raises ValueError.
+Read the two losses and `pgd_attack`. Below them is what they are made of: derivatives, traps of precision, checks. This
+file needs only torch and can be copied into any project. Everywhere, `x` holds images (N, C, H, W), and `y` their
+targets: class indices (N,) or class probabilities (N, classes), as mixup makes them. `model` is an `nn.Module` from
+images to logits (N, classes). Input that would give a wrong number in silence raises ValueError, with one exception:
+that `x` is normalised, and needs its `sigma`, cannot be seen.
 """
 
 import torch
@@ -26,6 +27,14 @@ CHECK_VALUES = True
 def gradnorm_loss(model, x, y, *, lambda_ce=0.8, lambda_gn=1.2, eps=4 / 255, sigma=1.0):
     """L_GradNorm by double backprop: exact, at the cost of differentiating the backward pass.
 
+        x.requires_grad_()
+        losses = F.cross_entropy(model(x), y, reduction="none")                 # L of each example
+        gradient, = torch.autograd.grad(losses.sum(), x, create_graph=True)     # ∇x of each example's own L
+        norms = gradient.abs().flatten(1).sum(1)                                # ‖∇x L‖₁, over (C, H, W)
+        loss = lambda_ce * losses.mean() + lambda_gn * eps * norms.mean()
+
+    The code is these lines, and σ; the rest avoids traps, each named in its place.
+
     The default λ_CE, λ_GN and ε are those of the paper. `eps` is in pixels of [0, 1]. `sigma` is the divisor of
     the input's normalisation, a number or one per channel: 1 if `x` holds pixels, the paper's 0.224 if `x` is
     already (pixels - mean) / 0.224. By the chain rule ∇pixel = ∇x / σ, so both give the same penalty.
@@ -39,24 +48,8 @@ def gradnorm_loss(model, x, y, *, lambda_ce=0.8, lambda_gn=1.2, eps=4 / 255, sig
     check_images(x, eps, sigma)
     with sdpa_kernel(SDPBackend.MATH):  # flash attention has no double backward; the plain formula has
         losses, gradient = losses_and_gradients(model, x, y, create_graph=True)
-    norms = (gradient / per_channel(sigma, x)).abs().flatten(1).sum(1)  # ‖∇x L‖₁ of each example, over (C, H, W)
+    norms = (gradient / per_channel(sigma, x)).abs().flatten(1).sum(1)
     return lambda_ce * losses.mean() + lambda_gn * eps * nan_where_infinite(norms.mean())
-
-
-def losses_and_gradients(model, x, y, weights={}, create_graph=False):
-    """Losses (N,), the gradient of each with respect to its own image (N, C, H, W), and, of their sum, the gradient
-    with respect to each of the named `weights`.
-
-    The sum makes row i of ∇x the gradient of example i's own loss; a mean would divide it by N. The gradients carry a
-    graph only with `create_graph`. Without `weights`, only the passes that ∇x needs are run.
-    """
-    if torch.compiler.is_compiling():
-        return traceable_losses_and_gradients(model, x, y, weights, create_graph)
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        losses = cross_entropies(model, x, y)
-        gradients = differentiate(losses.sum(), [x, *weights.values()], create_graph)
-    return losses, *gradients
 
 
 def gradnorm_loss_finite_difference(model, x, y, *, lambda_ce=0.8, lambda_gn=1.2, eps=4 / 255, sigma=1.0, h=None):
@@ -64,38 +57,40 @@ def gradnorm_loss_finite_difference(model, x, y, *, lambda_ce=0.8, lambda_gn=1.2
 
         ‖∇x L‖₁ = sᵀ∇x L ≈ (L(x + h · s) - L(x)) / h
 
+    In its plain form, with the cost of each line in forward passes, 8 together:
+
+        s = input_gradient(model, x, y).sign()                              # 2
+        clean = F.cross_entropy(model(x), y)                                # 1
+        moved = F.cross_entropy(model(x + h * s), y)                        # 1
+        loss = lambda_ce * clean + lambda_gn * eps * (moved - clean) / h
+        loss.backward()                                                     # 4
+
+    The code takes 6: one backward pass at `x` gives both ∇x L and the gradient of L by the parameters, which
+    `KnownGradient` keeps for `.backward()`. It works where no double backward exists, in the memory of natural training
+    and one copy of the parameters' gradients.
+
     `h` is in pixels, by default ε/2; the other arguments and the returned value are those of `gradnorm_loss`. As h → 0
     it becomes `gradnorm_loss`; at h = ε with λ_CE = λ_GN only L(x + ε · s) is left, FGSM adversarial training. A small
-    h drowns in rounding: in float32 below 1e-6, in bfloat16 below ε/16.
-
-    The plain form, F being the cost of a forward pass, is
-
-        s = input_gradient(model, x, y).sign()                          # 2F
-        clean = F.cross_entropy(model(x), y)                            # F
-        moved = F.cross_entropy(model(x + h * s), y)                    # F
-        loss = lambda_ce * clean + lambda_gn * eps * (moved - clean) / h
-        loss.backward()                                                 # 4F
-
-    Here one backward pass at `x` gives both ∇x L and ∇θ L, by the weights θ: 3F, and 3F for the rest. It works where no
-    double backward exists, in the memory of natural training and one copy of ∇θ L. Weights must be among
+    h drowns in rounding: in float32 below 1e-6, under bfloat16 autocast below ε/16. Weights must be among
     `model.parameters()`.
     """
     check_images(x, eps, sigma)
     h = eps / 2 if h is None else h
     if not 0 < h <= 1:
         raise ValueError(f"h is in pixels of [0, 1], such as 2/255, not {h}")
-    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    losses, gradient, *weight_gradients = losses_and_gradients(model, x, y, weights)
-    clean = KnownGradient.apply(losses.detach().mean(), [g / len(x) for g in weight_gradients], *weights.values())
-    moved = cross_entropies(model, x.detach() + (h / per_channel(sigma, x) * sign(gradient)).to(x.dtype), y).mean()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    losses, gradient, *of_parameters = losses_and_gradients(model, x, y, parameters)  # of the sum of the losses
+    clean = KnownGradient.apply(losses.detach().mean(), [g / len(x) for g in of_parameters], *parameters.values())
+    step = h / per_channel(sigma, x) * sign(gradient)
+    moved = cross_entropies(model, (x.detach() + step).to(x.dtype), y).mean()
     return lambda_ce * clean + lambda_gn * eps * (moved - clean) / h
 
 
 class KnownGradient(torch.autograd.Function):
-    """A number whose gradients with respect to `weights` are known: backward need not go through the model again."""
+    """A number whose gradients by `parameters` are known: its backward need not go through the model again."""
 
     @staticmethod
-    def forward(ctx, value, gradients, *weights):
+    def forward(ctx, value, gradients, *parameters):
         ctx.gradients = gradients
         return value.clone()
 
@@ -120,8 +115,8 @@ def pgd_attack(model, x, y, *, eps=4 / 255, step_size=None, steps=10, random_sta
     in the mode that it is in; a BatchNorm in train mode therefore updates its statistics. Parameters' `.grad` stay
     untouched.
 
-    Returns adversarial images (N, C, H, W) within ε of `x` and within [0, 1], detached, in at least float32; pixels
-    whose gradient is nan become nan.
+    Returns adversarial images (N, C, H, W) within [0, 1] and, up to rounding, within ε of `x`, detached, in at least
+    float32; pixels whose gradient is nan become nan.
     """
     check_images(x, eps, pixels=True)
     if steps < 0:
@@ -139,30 +134,40 @@ def pgd_attack(model, x, y, *, eps=4 / 255, step_size=None, steps=10, random_sta
     return adversarial
 
 
-# Their parts
+# Derivatives
 
 
-def differentiate(total, inputs, create_graph):
-    """The gradients of a number with respect to images, the first of `inputs`, and to weights, in at least float32."""
-    images, scale = inputs[0], fp16_scale(inputs[0])
-    with torch.autocast(images.device.type, enabled=False):  # backward operations choose their own precision
-        gradients = torch.autograd.grad(scale * total, inputs, create_graph=create_graph, allow_unused=True)
+def losses_and_gradients(model, x, y, parameters=None, create_graph=False):
+    """Losses (N,), the gradient of each by its own image (N, C, H, W), and, of their sum, the gradient by each of the
+    named `parameters`.
+
+    The sum makes row i of ∇x the gradient of example i's own loss; a mean would divide it by N. The gradients carry a
+    graph only with `create_graph`. Without `parameters`, only the passes that ∇x needs are run.
+    """
+    parameters = parameters or {}
+    if torch.compiler.is_compiling():
+        return traceable_losses_and_gradients(model, x, y, parameters, create_graph)
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        losses, inputs, scale = cross_entropies(model, x, y), [x, *parameters.values()], fp16_scale(x)
+        with torch.autocast(x.device.type, enabled=False):  # backward operations choose their own precision
+            gradients = torch.autograd.grad(scale * losses.sum(), inputs, create_graph=create_graph, allow_unused=True)
     if gradients[0] is None:  # taken for zero, it would look like robustness
         raise ValueError("the logits have no gradient with respect to x: the model must not detach it")
     gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(inputs, gradients)]
-    return [at_least_float32(g) / scale for g in gradients]
+    return losses, *(at_least_float32(g) / scale for g in gradients)
 
 
-def traceable_losses_and_gradients(model, x, y, weights, create_graph):
+def traceable_losses_and_gradients(model, x, y, parameters, create_graph):
     """The same for torch.compile, which traces torch.func into its graph, but not torch.autograd.grad. Eager mode has
-    the latter, since torch.func refuses BatchNorm in train mode."""
+    the latter, since torch.func refuses BatchNorm in train mode. A model that detaches x is not noticed here."""
     scale = fp16_scale(x)
 
-    def total(x, weights):
-        losses = cross_entropies(lambda x: functional_call(model, weights, (x,)), x, y)
+    def total(x, parameters):
+        losses = cross_entropies(lambda x: functional_call(model, parameters, (x,)), x, y)
         return scale * losses.sum(), losses
 
-    (gradient, named), (_, losses) = grad_and_value(total, argnums=(0, 1), has_aux=True)(x.detach(), weights)
+    (gradient, named), (_, losses) = grad_and_value(total, argnums=(0, 1), has_aux=True)(x.detach(), parameters)
     gradients = [at_least_float32(g) / scale for g in (gradient, *named.values())]
     return losses, *(gradients if create_graph else [g.detach() for g in gradients])
 
@@ -194,8 +199,8 @@ def fp16_scale(x):
 
 
 def nan_where_infinite(value):
-    """|inf| has the finite derivative ±1, which would hide an overflow of fp16 from GradScaler: inf · (1 + 0 · inf) is
-    nan, and so are its gradients."""
+    """An overflow of fp16 must reach GradScaler, and |inf| has the finite derivative ±1. The factor, of no effect on a
+    finite value, makes inf · (1 + 0 · inf) nan, and nan of the gradients that pass through it."""
     return value * (1 + 0 * value.detach())
 
 
@@ -208,16 +213,15 @@ def sign(gradient):
 
 
 def check_images(x, eps=0.0, sigma=1.0, pixels=False):
+    look = CHECK_VALUES and not torch.compiler.is_compiling()
     if x.ndim != 4:  # the norm would be summed over the wrong dimensions
         raise ValueError(f"x must be images (N, C, H, W), not {tuple(x.shape)}")
     if not 0 <= eps <= 1:  # 8/255 was meant, not 8
         raise ValueError(f"eps is in pixels of [0, 1], such as 4/255, not {eps}")
-    if torch.compiler.is_compiling() or not CHECK_VALUES:
-        return
     sigma = torch.as_tensor(sigma)
-    if sigma.numel() not in (1, x.shape[1]) or not (sigma > 0).all():  # three on a grey image would triple its norm
+    if sigma.numel() not in (1, x.shape[1]) or look and not (sigma > 0).all():  # three would triple a grey image's norm
         raise ValueError(f"sigma must be positive, one number or one per channel, not {sigma.tolist()}")
-    outside = max(-x.min().item(), x.max().item() - 1) if pixels else 0.0
+    outside = max(-x.min().item(), x.max().item() - 1) if pixels and look else 0.0
     if not outside <= 1e-6:  # more than a resized image's rounding; or nan
         raise ValueError(f"x must hold pixels in [0, 1], and is outside by {outside:.2g}: put the normalisation into "
                          "the model")

@@ -1020,7 +1020,8 @@ def test_erasing_gives_normal_noise_in_one_rectangle_per_image():
 def test_strong_augmentation_is_rand_m9_and_erasing():
     """Of a grey image, which crop and flip leave alone. Half of RandAugment's operations change it; two are drawn, and
     each is applied to every second image."""
-    transform, grey = train.train_transform(settings("--augment", "strong"), 16, None), torch.full((3, 16, 16), 115)
+    transform = train.train_transform(settings("--augment", "strong"), 16, None, None)
+    grey = torch.full((3, 16, 16), 115)
     images = [transform(grey.byte()) for _ in range(300)]
     erased = [image for image in images if len(image.unique()) > 20]
     assert 40 < len(erased) < 120 and 80 < sum(bool((image == 115).all()) for image in images) < 150
@@ -1031,10 +1032,10 @@ def test_strong_augmentation_is_rand_m9_and_erasing():
 def test_each_image_is_augmented_by_itself(channels):
     for augment in ("basic", "strong"):
         args = settings("--augment", augment)
-        transform = train.train_transform(args, 16, v2.RandomCrop(16, padding=2))
+        transform = train.train_transform(args, 16, v2.RandomCrop(16, padding=2), None)
         data = train.Images(torch.randint(256, (1, channels, 16, 16), dtype=torch.uint8).expand(32, -1, -1, -1),
                             torch.zeros(32, dtype=torch.long), ["one"], transform)
-        images, _ = data.__getitems__(list(range(32)))
+        images = torch.stack([image for image, _ in data])
         assert images.dtype == torch.uint8 and images.shape == (32, channels, 16, 16)
         assert len(images.flatten(1).unique(dim=0)) > 16
 
@@ -1088,14 +1089,14 @@ def test_imagenette_is_complete_and_decoded_a_little_larger_than_its_crops(tmp_p
         train.load_dataset(args, "train")  # half of it, as an extraction that was cut short leaves it
     monkeypatch.setattr(train, "IMAGENETTE", {"train": (6, 2), "val": (6, 2)})
     seen, held_out = (train.load_dataset(args, part) for part in ("train", "test"))
-    assert seen.images.shape == (6, 3, 18, 18) and held_out.images.shape == (6, 3, 16, 16)
+    assert seen.images.shape == (6, 3, 18, 18) and held_out[0][0].shape == (3, 16, 16)
     assert held_out.classes == ["tench", "parachute"] and held_out.targets.tolist() == [0, 0, 0, 1, 1, 1]
     with Image.open(tmp_path / "imagenette2-160/val/n01440764/0.JPEG") as image:
         small = torch.from_numpy(np.array(image.resize((27, 18), Image.Resampling.BILINEAR))).permute(2, 0, 1)
     assert (held_out[0][0].int() - small[:, 1:17, 5:21].int()).abs().max() <= 2
     windows = {(row, column, flip): seen.images[0].flip([2] if flip else [])[:, row:row + 16, column:column + 16]
                for row, column, flip in itertools.product(range(3), range(3), (False, True))}
-    crops = [seen.__getitems__([0])[0][0] for _ in range(300)]
+    crops = [seen[0][0] for _ in range(300)]
     found = {next(key for key, window in windows.items() if torch.equal(crop, window)) for crop in crops}
     assert found == set(windows)
     assert settings("--dataset", "imagenette").image_size == 64
@@ -1816,8 +1817,8 @@ def test_seeds_of_one_setting_have_a_row_of_mean_and_standard_deviation(checkpoi
 
 
 def turns_of(*flags, limit=None):
-    """The attacks, PGD's with --steps, that an evaluation runs to their end. The one after `limit` of them is interrupted at
-    its end."""
+    """The attacks, PGD's with --steps, that an evaluation runs to their end. The one after `limit` of them is
+    interrupted at its end."""
     run_attack, turns = evaluate.run_attack, []
 
     def noted(turn, *args, **kwargs):
@@ -2127,7 +2128,8 @@ def test_runs_of_one_method_are_told_apart_whatever_their_names(runs, tmp_path):
     shutil.copytree(runs[1], tmp_path / "more/gradnorm")
     several = drawable([runs[1], tmp_path / "more/gradnorm", runs[0]])
     assert several[2].style["label"] == "natural"
-    assert several[0].style["marker"] != several[1].style["marker"] and several[0].style["color"] == several[1].style["color"]
+    first, second, _ = (run.style for run in several)
+    assert first["marker"] != second["marker"] and first["color"] == second["color"]
     assert [run.style["label"] for run in several[:2]] == ["runs/gradnorm", "more/gradnorm"]
 
 

@@ -20,6 +20,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
@@ -32,15 +33,17 @@ from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset, default_convert
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 import gradnorm
 from gradnorm import gradnorm_loss, gradnorm_loss_finite_difference, input_gradient, pgd_attack
 
-RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name) or default)  # set by torchrun
-                                for name, default in [("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)])
+RANK = int(os.environ.get("RANK") or 0)  # these three are set by torchrun
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
+NO_BAR = True if RANK else None  # None: where there is no terminal
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -72,10 +75,10 @@ class Objective(nn.Module):
         if not penalise:
             return args.lambda_ce * F.cross_entropy(model(x).float(), y)
         # With the penalty only in every K-th step, K times the weight keeps its mean.
-        weights = {"lambda_ce": args.lambda_ce, "lambda_gn": args.lambda_gn * args.gradnorm_every * ramp}
+        lambdas = {"lambda_ce": args.lambda_ce, "lambda_gn": args.lambda_gn * args.gradnorm_every * ramp}
         if args.h:
-            return gradnorm_loss_finite_difference(model, x, y, eps=args.eps, h=args.h, **weights)
-        return gradnorm_loss(model, x, y, eps=args.eps, **weights)
+            return gradnorm_loss_finite_difference(model, x, y, eps=args.eps, h=args.h, **lambdas)
+        return gradnorm_loss(model, x, y, eps=args.eps, **lambdas)
 
 
 def main():
@@ -83,8 +86,8 @@ def main():
     args, parent = parse_args()
     device = start_process()
     torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it
-    torch.backends.cudnn.benchmark = True  # all batches have one shape
-    gradnorm.CHECK_VALUES = False  # the data fit, and to look at them makes a GPU wait in every step
+    torch.backends.cudnn.benchmark = True  # all batches of training have one shape
+    gradnorm.CHECK_VALUES = False  # the data fit
     torch.manual_seed(args.seed)  # the same first weights on every rank
 
     train_set, test_set, loader = load_data(args, pin_memory=device.type == "cuda")
@@ -106,8 +109,9 @@ def main():
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay)) if args.ema_decay else None
 
     output_dir, first_epoch, metrics = Path(args.output_dir), 0, []
-    saved = output_dir / "checkpoint.pt"
-    if checkpoint := from_rank_zero(lambda: read_checkpoint(saved) if saved.exists() else None):
+    path = output_dir / "checkpoint.pt"  # which is there only with --resume
+    checkpoint = from_rank_zero(lambda: read_checkpoint(path) if path.exists() else None)
+    if checkpoint:
         for name in config.keys() - PLACE:
             if config[name] != checkpoint["config"].get(name):
                 raise ValueError(f"--resume: {name} is {config[name]}, it was {checkpoint['config'].get(name)}")
@@ -125,14 +129,14 @@ def main():
 
     warmup_steps, total_steps = round(args.warmup_epochs * len(loader)), args.epochs * len(loader)
     for epoch in range(first_epoch, args.epochs):
-        # Every epoch is a function of (seed, epoch, rank): a resumed run needs no random state but these.
+        # An epoch's noise is a function of (seed, epoch, rank): a resumed run needs no random state but these.
         torch.manual_seed(int(np.random.SeedSequence([args.seed, epoch, RANK]).generate_state(1)[0]))
         loader.sampler.set_epoch(epoch)
         model.train()
-        if parent:  # as in the paper, the statistics of the network that it starts from stay
+        if args.init:  # as in the paper, the statistics of the network that it starts from stay
             freeze_batchnorm(model)
         losses, start = [], time.perf_counter()
-        bar = tqdm(loader, leave=False, desc=f"epoch {epoch + 1}/{args.epochs}", disable=True if RANK else None)
+        bar = tqdm(loader, leave=False, desc=f"epoch {epoch + 1}/{args.epochs}", disable=NO_BAR)
         for step, (x, y) in enumerate(bar, start=epoch * len(loader)):
             x, y = x.to(device, non_blocking=True).float() / 255, y.to(device, non_blocking=True)
             if args.augment == "strong":  # the paper's mixup or cutmix, and label smoothing: targets turn soft
@@ -147,7 +151,7 @@ def main():
                 loss = objective(x, y, ramp, penalise=step % args.gradnorm_every == 0)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)  # the paper's
+            total_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)  # the paper's
             scaler.step(optimizer)  # skips a step whose fp16 gradients overflowed
             scaler.update()
             optimizer.zero_grad()
@@ -155,7 +159,7 @@ def main():
                 ema.update_parameters(model)
 
             losses.append(loss.detach())
-            stop_if_not_finite(norm, loss, scaler, f"epoch {epoch + 1}, step {step + 1} of {total_steps}")
+            stop_if_not_finite(total_norm, loss, scaler, f"epoch {epoch + 1}, step {step + 1} of {total_steps}")
         seconds = time.perf_counter() - start
 
         loss = mean_over_ranks(torch.stack(losses).nanmean())  # the loss of a step that fp16 skipped may be nan
@@ -163,13 +167,13 @@ def main():
             kept = ema.module if ema else model  # what load_checkpoint will give
             metrics.append({"epoch": epoch + 1, "loss": loss, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
                             **validate(kept, images, labels, args.eps, args.batch_size, device)})
-            x, y = images[:4].clone(), labels[:4].clone()  # a view would save all of them
+            x, y = images[:4].clone(), labels[:4].clone()  # of a view, all that is behind it would be saved
             gradients = input_gradient(kept, x.to(device).float() / 255, y.to(device)).bfloat16().cpu()
             with replace(output_dir / f"gradients/{epoch + 1:04d}.pt") as file:
                 torch.save({"images": x, "labels": y, "gradients": gradients}, file)
             with replace(output_dir / "metrics.jsonl") as file:
                 file.writelines(json.dumps(line).encode() + b"\n" for line in metrics)
-            with replace(saved) as file:  # the last: after a kill before it, the epoch is repeated
+            with replace(path) as file:  # the last: after a kill before it, the epoch is repeated
                 torch.save({"model": model.state_dict(), "ema": ema.state_dict() if ema else None,
                             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                             "epoch": epoch + 1, "metrics": metrics, "config": config}, file)
@@ -186,12 +190,12 @@ def learning_rate(step, warmup_steps, total_steps, peak, floor=1e-5):
     return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def stop_if_not_finite(norm, loss, scaler, place):
+def stop_if_not_finite(total_norm, loss, scaler, place):
     """DDP averages a nan into every rank's gradients: all ranks stop here together. In fp16 some overflow is normal:
     GradScaler skips the step and halves its scale. Below a scale of 1 it is no accident."""
-    if not norm.isfinite() and not (scaler.is_enabled() and scaler.get_scale() >= 1):
-        raise FloatingPointError(f"loss {loss.item()}, norm of its gradient {norm.item()} in {place}: lower --lr or "
-                                 "--lambda-gn; the last epoch's checkpoint stays")
+    if not total_norm.isfinite() and not (scaler.is_enabled() and scaler.get_scale() >= 1):
+        raise FloatingPointError(f"loss {loss.item()}, norm of its gradient {total_norm.item()} in {place}: lower --lr "
+                                 "or --lambda-gn; the last epoch's checkpoint stays")
 
 
 def validate(model, images, labels, eps, batch_size, device):
@@ -345,11 +349,10 @@ def load_data(args, pin_memory):
         raise ValueError(f"train/ and val/ have different classes: {sorted({*classes} ^ {*test_set.classes})[:5]}")
     if args.batch_size * WORLD_SIZE > len(train_set):
         raise ValueError(f"--batch-size {args.batch_size} x {WORLD_SIZE} is more than the {len(train_set)} images")
-    in_memory = args.dataset != "imagefolder"  # Images hand out whole batches; workers pay for strong augmentation
+    slow = args.dataset == "imagefolder" or args.augment == "strong"  # then worker processes are worth their start
     loader = DataLoader(train_set, args.batch_size, drop_last=True, pin_memory=pin_memory,
-                        sampler=DistributedSampler(train_set, WORLD_SIZE, RANK, seed=args.seed, drop_last=True),
-                        num_workers=0 if in_memory and args.augment != "strong" else args.workers,
-                        collate_fn=default_convert if in_memory else None)
+                        num_workers=args.workers if slow else 0,
+                        sampler=DistributedSampler(train_set, WORLD_SIZE, RANK, seed=args.seed, drop_last=True))
     return train_set, test_set, loader
 
 
@@ -360,19 +363,19 @@ def load_dataset(args, part):
     """The images to train on ("train"), or those to evaluate on ("test"): the test part of --dataset, or, with
     --val-images, so many of its training images, the classes in equal parts. Items are (image (C, H, W) uint8, class).
     """
-    folder, size, augment = Path(args.data_dir or "data"), args.image_size, part == "train"
-    train_part = part == "train" or args.val_images > 0
+    folder, size, training = Path(args.data_dir or "data"), args.image_size, part == "train"
+    in_training_part = training or args.val_images > 0
     if args.dataset == "imagefolder":  # one folder of image files per class, as ImageNet has it
-        transform = train_transform(args, size, v2.RandomResizedCrop(size)) if augment else None
-        transform = transform or v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)])
-        dataset = torchvision.datasets.ImageFolder(folder / ("train" if train_part else "val"),
+        crop = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)])
+        transform = train_transform(args, size, v2.RandomResizedCrop(size), crop) if training else crop
+        dataset = torchvision.datasets.ImageFolder(folder / ("train" if in_training_part else "val"),
                                                    v2.Compose([v2.PILToTensor(), transform]), loader=read_image)
     else:
-        images, targets, classes = read_images(args, folder, train_part)
+        images, targets, classes = read_images(args, folder, in_training_part)
         side = images.shape[-1]
         size, padding = (size, 0) if args.dataset == "imagenette" else (side, side // 8)
-        transform = train_transform(args, size, v2.RandomCrop(size, padding)) if augment else None
-        images = images if transform else v2.functional.center_crop(images, [size])
+        crop = v2.CenterCrop(size)
+        transform = train_transform(args, size, v2.RandomCrop(size, padding), crop) if training else crop
         dataset = Images(images, targets, classes, transform)
     if args.val_images:
         classes, targets = dataset.classes, torch.as_tensor(dataset.targets)
@@ -384,19 +387,17 @@ def load_dataset(args, part):
     return dataset
 
 
-class Images(TensorDataset):
+class Images(Dataset):
     """A data set in memory: images (N, C, H, W) uint8, targets (N,), the names of the classes."""
 
-    def __init__(self, images, targets, classes, transform=None):
-        super().__init__(images, targets)
+    def __init__(self, images, targets, classes, transform):
         self.images, self.targets, self.classes, self.transform = images, targets, classes, transform
 
-    def __getitems__(self, indices):
-        """A whole batch at once, for the loader; the transform draws anew for each image."""
-        images = self.images[indices]
-        if self.transform:
-            images = torch.stack([self.transform(image) for image in images])
-        return images, self.targets[indices]
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.transform(self.images[i]), self.targets[i]
 
 
 def read_images(args, folder, train_part):
@@ -411,7 +412,7 @@ def read_images(args, folder, train_part):
         if (found := (len(data), len(data.classes))) != IMAGENETTE[part]:
             raise ValueError("{} has {} images of {} classes in {}/, not {} of {}: remove it, and it is downloaded "
                              "anew".format(place, *found, part, *IMAGENETTE[part]))
-        images, targets = zip(*tqdm(data, desc="decoding", leave=False, disable=True if RANK else None))
+        images, targets = zip(*tqdm(data, desc="decoding", leave=False, disable=NO_BAR))
         return torch.stack(images), torch.tensor(targets), [names[0] for names in data.classes]
     source = torchvision.datasets.CIFAR10 if args.dataset == "cifar10" else torchvision.datasets.FashionMNIST
     data = source(folder, train_part, download=True)
@@ -448,12 +449,12 @@ def held_out(test_set, n):
     return torch.stack([test_set[i][0] for i in chosen]), torch.as_tensor(test_set.targets)[chosen]
 
 
-def train_transform(args, size, crop):
+def train_transform(args, size, random_crop, crop):
     """--augment for one image (C, H, W) uint8. Strong is the paper's; its mixup and cutmix follow in the loop."""
     if args.augment == "none":
-        return None
+        return crop
     if args.augment == "basic":
-        return v2.Compose([crop, v2.RandomHorizontalFlip()])
+        return v2.Compose([random_crop, v2.RandomHorizontalFlip()])
     # timm's rand-m9: each of two operations with probability 1/2, at level 9 of 10, which is torchvision's 27 of 30.
     # The recipe also has a colour jitter of 0.4, which timm leaves out beside RandAugment.
     operation = v2.RandomApply([v2.RandAugment(num_ops=1, magnitude=27)], p=0.5)
@@ -471,9 +472,11 @@ def balanced_subset(targets, n):
     """Indices of n images in a fixed, shuffled order in which the classes take turns, each time in another order."""
     targets = torch.as_tensor(targets)
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
-    turn = torch.empty_like(order)
-    turn[targets[order].argsort(stable=True)] = torch.cat([torch.arange(count) for count in targets.bincount()])
-    return order[turn.argsort(stable=True)][:n]
+    before, turns = Counter(), []  # an image's turn is the number of images of its class before it
+    for target in targets[order].tolist():
+        turns.append(before[target])
+        before[target] += 1
+    return order[torch.tensor(turns).argsort(stable=True)][:n]
 
 
 def draw_shapes(n, seed, size=32):
@@ -516,7 +519,7 @@ def draw_shapes(n, seed, size=32):
 # Checkpoints
 
 
-# Flags that say where a run is made, not what it learns (but for the noise of augmentation, which is the workers').
+# Flags that say where a run is made, not what it learns. (The number of workers changes the noise of augmentation.)
 PLACE = {"output_dir", "resume", "data_dir", "workers", "init"}
 
 
@@ -616,8 +619,8 @@ def mean_over_ranks(value):
 # Command line
 
 
-def pixels(text):
-    """An argparse type: a number of pixels in [0, 1], which may be a fraction, such as 4/255."""
+def pixel_value(text):
+    """An argparse type: a number in pixels of [0, 1], which may be a fraction, such as 4/255."""
     value = float(Fraction(text))
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not within [0, 1], as pixels are: 4/255?")
@@ -637,13 +640,13 @@ def make_parser():
     add = parser.add_argument
 
     add("--method", default="gradnorm", choices=["natural", "gradnorm", "adversarial"], help="loss to minimise")
-    add("--eps", default="4/255", type=pixels, help="radius of the L∞ ball in pixels of [0, 1], also in evaluation")
+    add("--eps", default="4/255", type=pixel_value, help="radius of the L∞ ball in pixels, also in evaluation")
     add("--lambda-ce", default=0.8, type=float, help="gradnorm: weight of the cross-entropy")
     add("--lambda-gn", default=1.2, type=float, help="gradnorm: weight of the gradient norm")
-    add("--h", default=0.0, type=pixels, help="gradnorm: 0: double backprop; a step, as ε/2: finite difference")
-    add("--gradnorm-every", default=1, type=int, metavar="K", help="gradnorm: K-fold penalty in every K-th step alone")
+    add("--h", type=pixel_value, help="gradnorm: step of the finite difference, as ε/2; without it, double backprop")
+    add("--gradnorm-every", default=1, type=int, metavar="K", help="gradnorm: penalty in every K-th step, K times it")
     add("--steps", default=3, type=int, metavar="N", help="adversarial: steps of PGD")
-    add("--step-size", type=pixels, help="adversarial: in pixels; by default 2ε/N, and 1.25ε for N = 1")
+    add("--step-size", type=pixel_value, help="adversarial: in pixels; by default 2ε/N, and 1.25ε for N = 1")
 
     add("--dataset", default="shapes", choices=["shapes", "imagenette", "fashion-mnist", "cifar10", "imagefolder"],
         help="shapes is drawn by train.py, the next three are downloaded")
@@ -660,12 +663,12 @@ def make_parser():
     add("--batch-size", default=128, type=int, help="images per process and step")
     add("--optimizer", default="adamw", choices=["adamw", "sgd"], help="sgd wants a --weight-decay near 5e-4")
     add("--lr", type=float, help="peak learning rate; by default 1e-2 for convnet, 1e-3 for the others")
-    add("--warmup-epochs", default=2, type=float, help="rise of learning rate, penalty and training attack's step")
+    add("--warmup-epochs", type=float, help="rise of learning rate, penalty and training attack's step; by default 2")
     add("--weight-decay", default=0.05, type=float, help="not on norms and biases")
     add("--ema-decay", default=0.0, type=float, help="keep an average of the weights; the paper's is 0.9998; 0: none")
 
     add("--output-dir", help="where the run is written; by default runs/METHOD")
-    add("--resume", action="store_true", help="go on from the checkpoint in --output-dir; start if there is none")
+    add("--resume", action="store_true", help="continue from the checkpoint in --output-dir; start if there is none")
     add("--amp", default="off", choices=list(AMP_DTYPES), help="mixed precision in training")
     add("--compile", action="store_true", help="torch.compile the objective; takes minutes to start")
     add("--workers", default=min(8, os.cpu_count()), type=int, help="loading processes per training process")
@@ -680,7 +683,9 @@ def parse_args():
     args, parent = parser.parse_args(), None
     args.output_dir = args.output_dir or f"runs/{args.method}"
     if not args.resume and os.path.isdir(args.output_dir) and os.listdir(args.output_dir):
-        parser.error(f"{args.output_dir} holds a run: go on with --resume, or choose another --output-dir")
+        parser.error(f"{args.output_dir} holds a run: continue it with --resume, or choose another --output-dir")
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(2, args.epochs)
     if args.warmup_epochs > args.epochs:
         parser.error(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
     if args.init:
