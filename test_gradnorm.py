@@ -1314,6 +1314,52 @@ def test_train_and_val_must_have_the_same_classes(folder, tmp_path):
     assert "['green', 'red']" in mistake(*flags_for(bad, tmp_path / "run"))
 
 
+def test_names_that_are_not_utf8_cost_no_result(folder, tmp_path, capsys):
+    """A class and a run of the bytes caf\\xe9, as an old archive leaves them."""
+    name = os.fsdecode(b"caf\xe9")
+    shutil.copytree(folder, tmp_path / "data")
+    for part in ("train", "val"):
+        (tmp_path / "data" / part / "red").rename(tmp_path / "data" / part / name)
+    outs = [tmp_path / "runs" / name, tmp_path / "runs/other"]
+    for out in outs:
+        run(*flags_for(tmp_path / "data", out), "--epochs", "1", "--lr", "0.01")
+    run(*outs, "--num-images", "12", script=evaluate)
+    assert result(outs[0], "pgd10-12-eps1-2-4.json")["config"]["classes"] == ["blue", name, "green"]
+    run("all", tmp_path / "runs", script=visualize)
+    for picture in ("gradients", "attack", "accuracy", "epochs"):
+        assert (tmp_path / f"runs/{picture}.png").exists(), capsys.readouterr().out
+
+
+@pytest.mark.parametrize("set_there, missing", [
+    ({"WORLD_SIZE": "2"}, "not RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+    ({"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "not WORLD_SIZE"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "not LOCAL_RANK"),
+])
+def test_an_incomplete_environment_of_processes_is_told(monkeypatch, set_there, missing):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, set_there.get(name, ""))
+        if name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            monkeypatch.setattr(train, name, int(set_there.get(name, name == "WORLD_SIZE")))
+    with pytest.raises(ValueError, match=f"{missing}$"):
+        train.start_process()
+
+
+def test_a_full_disk_leaves_the_last_good_state(folder, out):
+    """The limit on the size of a file is between those of the metrics and of the second checkpoint."""
+    run(*flags_for(folder, out), "--epochs", "1")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    script = out.parent / "full.py"
+    limit = (out / "checkpoint.pt").stat().st_size // 2
+    script.write_text("import resource, signal, train\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+                      f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+                      "train.read_checkpoint = lambda path: None  # once more from the start\ntrain.main()\n")
+    process = start(*flags_for(folder, out), "--epochs", "1", "--resume", script=script)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and "File too large" in errors, errors
+    after = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert after.keys() == before.keys() and after[out / "checkpoint.pt"] == before[out / "checkpoint.pt"]
+
+
 @pytest.mark.parametrize("script", ["train", "evaluate", "visualize"])
 def test_help_is_printed_on_any_screen(script, capsys):
     """One of ASCII, a notebook's, which has no `reconfigure`, and none."""
@@ -2099,7 +2145,8 @@ def test_all_draws_what_it_can_and_says_what_it_cannot(runs, tmp_path, capsys):
 
 
 def test_all_draws_the_rest_where_the_data_are_elsewhere(runs, folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(visualize, "PICTURES", {"gradients": visualize.gradients, "accuracy": visualize.accuracy})
+    pictures = {"gradients": visualize.gradients, "broken": lambda runs: [][0], "accuracy": visualize.accuracy}
+    monkeypatch.setattr(visualize, "PICTURES", pictures)  # the second meets what nobody expected
     for path in runs:
         rewrite(path / "checkpoint.pt", data_dir="/nonexistent")
         for file in path.glob("*.json"):
@@ -2107,8 +2154,9 @@ def test_all_draws_the_rest_where_the_data_are_elsewhere(runs, folder, tmp_path,
     run("all", tmp_path / "runs", script=visualize)
     output = capsys.readouterr().out
     assert "accuracy.png" in output and "no gradients.png" in output and "/nonexistent" in output
+    assert "no broken.png of " in output and "list index" in output
     run("all", tmp_path / "runs", "--data-dir", folder, script=visualize)
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert [line.split()[0] == "no" for line in capsys.readouterr().out.splitlines()] == [False, True, False]
 
 
 def test_runs_of_one_method_are_told_apart_whatever_their_names(runs, tmp_path):

@@ -94,7 +94,7 @@ def captioned_grid(rows, titles, captions):
         row_axes[0].set_ylabel(title, fontsize="large")
         for image, caption, ax in zip(row, below, row_axes):
             ax.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
-            ax.set(xticks=[], yticks=[], xlabel=caption)
+            ax.set(xticks=[], yticks=[], xlabel=printable(caption))
             ax.spines[:].set_visible(False)
     return figure
 
@@ -253,10 +253,15 @@ def tell_apart(runs):
     for method, (name, colour) in METHODS.items():
         same = [run for run in runs if run.config["method"] == method]
         for run, marker in zip(same, "osD^vPX*" * len(same)):
-            label = name if len(same) == 1 else os.path.relpath(os.path.abspath(run.path), above)
+            label = name if len(same) == 1 else printable(os.path.relpath(os.path.abspath(run.path), above))
             label = f" {label}" if label.startswith("_") else label  # which a legend would leave out
             run.style = {"color": colour, "marker": marker, "label": label}
     return runs
+
+
+def printable(name):
+    """Without the bytes of a file's name that are no UTF-8, which matplotlib refuses."""
+    return name.encode(errors="replace").decode()
 
 
 def must_agree(runs, *names):
