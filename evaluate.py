@@ -441,8 +441,8 @@ def evaluate_checkpoint(path, args, device):
 
 
 def attack_in_turns(model, x, y, logits, settings, path, args):
-    """`radius` after all turns, and the accuracies after each attack. A file keeps how far it has come; what was
-    interrupted with the same settings goes on."""
+    """`radius` after all turns, and the accuracies after each attack. A file keeps how far it has come: an evaluation
+    with the same settings that was interrupted is resumed."""
     targets, file = likeliest_others(logits), result_path(path, args).with_suffix(".progress")
     turns, options = [], {}
     if args.attack == "pgd":
