@@ -550,6 +550,7 @@ def test_cross_entropy_of_a_model_of_half_precision_is_float32(loss, dtype):
 
 @pytest.mark.parametrize("flags", [["--amp", "fp16"], ["--h", "2/255"], ["--method", "adversarial"]])
 def test_compiled_objective_equals_eager(flags):
+    warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)  # by Dynamo of torch 2.6
     model = torchvision.models.VisionTransformer(image_size=16, patch_size=8, num_layers=1, num_heads=2, hidden_dim=16,
                                                  mlp_dim=32, num_classes=4)
     nn.init.normal_(model.heads.head.weight)
