@@ -2104,6 +2104,8 @@ def test_each_eps_has_a_result_of_its_own_and_older_names_are_found(runs):
         written = result(path, "pgd10-12-eps16.json") | {"attack": "autoattack"}
         (path / "autoattack-12-eps16.json").write_text(json.dumps(written))
     assert cost(16)[0] == "AutoAttack accuracy (%), ε = 16/255"
+    (path / "autoattack-12-eps16.json").write_text(json.dumps(written | {"images_sha256": "of others"}))
+    assert cost(16)[0] == "PGD-10 accuracy (%), ε = 16/255"
 
 
 def test_results_of_another_checkpoint_are_left_out(runs):

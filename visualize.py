@@ -207,14 +207,14 @@ def column(run, name):
 
 
 def common_results(runs, patterns, eps=None):
-    """Of the results whose files fit a pattern, that have ε, and that all runs have under the same name, which says the
-    attack and the images: those of most images and steps, one per run. The first pattern that has any counts."""
+    """Of the results whose files fit a pattern, that have ε, and that all runs have of the same images under the same
+    name, which says the attack: those of most images and steps, one per run. The first pattern that has any counts."""
     for pattern in patterns:
-        common = [{result["file"]: result for result in run.results if Path(result["file"]).match(pattern)
-                   and (eps is None or eps in result["radii"])} for run in runs]
-        names = set.intersection(*map(set, common))
-        if names:
-            best = max(names, key=lambda name: (common[0][name]["num_images"], common[0][name]["steps"], name))
+        common = [{(result["file"], result.get("images_sha256")): result for result in run.results
+                   if Path(result["file"]).match(pattern) and (eps is None or eps in result["radii"])} for run in runs]
+        shared = set.intersection(*map(set, common))
+        if shared:
+            best = max(shared, key=lambda key: (common[0][key]["num_images"], common[0][key]["steps"], key))
             return [each[best] for each in common]
     raise ValueError(f"the runs have no {' or '.join(patterns)} of evaluate.py in common"
                      + (f" with ε = {255 * eps:.3g}/255" if eps else ""))
