@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import train
-from gradnorm import at_least_float32, check_images, check_targets, input_gradient, pgd_attack
+from gradnorm import at_least_float32, check_images, check_targets, fp16_scale, input_gradient, pgd_attack
 from train import RANK, WORLD_SIZE, misclassified
 
 
@@ -353,7 +353,7 @@ def prepared(model, x, y, eps, batch_size):
         raise ValueError("y must hold class indices, not probabilities")
     if model.training:
         warn(["the model is in train mode, with its dropout and BatchNorm: call model.eval() first"])
-    if x.dtype == torch.float16:
+    if fp16_scale(x) > 1:
         warn(["the model is attacked in float16, where small gradients are lost: convert it and x with .float()"])
     dtype, x, y = x.dtype, at_least_float32(x.detach()).clamp(0, 1), y.long()
 
@@ -410,7 +410,10 @@ def main():
 
 def evaluate_checkpoint(path, args, device):
     """The result of one checkpoint on its own held-out images, which is also written beside it."""
+    sha256 = train.from_rank_zero(lambda: file_sha256(path))
     model, config = train.load_checkpoint(path, device)
+    if file_sha256(path) != sha256:
+        raise ValueError(f"{path} was replaced while it was read: a training that goes on?")
     with train.rank_zero_first():
         test_set = train.load_test_set(config, args.data_dir)
     if args.num_images > len(test_set):
@@ -423,9 +426,11 @@ def evaluate_checkpoint(path, args, device):
         lines.append(f"trained for {config['epoch']} of {config['epochs']} epochs")
     if config["val_images"]:
         lines.append(f"on the training images that --val-images {config['val_images']} held out, not on test images")
-    settings = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-                "images_sha256": hashlib.sha256(images.numpy()).hexdigest(), "attack": args.attack, "radii": args.eps,
-                "steps": args.steps, "restarts": args.restarts, "num_images": args.num_images}
+    settings = {"sha256": sha256, "images_sha256": hashlib.sha256(images.numpy()).hexdigest(), "attack": args.attack,
+                "radii": args.eps, "steps": args.steps, "restarts": args.restarts, "num_images": args.num_images}
+    file = result_path(path, args)
+    if file.exists() and json.loads(file.read_bytes()).get("images_sha256") != settings["images_sha256"]:
+        raise ValueError(f"{file} is of other images: move it away")
     radius, after = attack_in_turns(model, x, y, logits, settings, path, args)
     if any(a > b for a, b in zip(after.get("FAB-T", []), after.get("Square", []))):
         lines.append("Square, which follows no gradient, broke images after the attacks that do had given up: the "
@@ -435,7 +440,7 @@ def evaluate_checkpoint(path, args, device):
         "robust_accuracy": [accuracy(radius, eps) for eps in args.eps], "after": after, "warnings": lines,
         # For each ε, image by image: 1 where it stands. Models that met the same images can be compared in pairs.
         "standing": ["".join(map(str, (radius > eps).int().tolist())) for eps in args.eps], "config": config}
-    write_json(result_path(path, args), result)
+    write_json(file, result)
     warn(lines, f"{path}: ")
     return result
 
@@ -465,6 +470,10 @@ def attack_in_turns(model, x, y, logits, settings, path, args):
     return radius, progress["after"]
 
 
+def file_sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def result_path(path, args):
     """runs/x/autoattack-500-eps4-8.json for runs/x/checkpoint.pt at 4/255 and 8/255, runs/x/best-... for best.pt."""
     stem = "" if path.stem == "checkpoint" else f"{path.stem}-"
@@ -487,8 +496,8 @@ def print_table(results, args):
     for path, result in results.items():
         accuracies = [result["clean_accuracy"], *result["robust_accuracy"]]
         rows.append([str(path), *(f"{value:.2f}" for value in accuracies)])
-        repeats.setdefault(json.dumps(train.recipe(result["config"])), []).append(
-            (str(path), result["config"]["seed"], accuracies))
+        experiment = json.dumps([train.recipe(result["config"]), result["images_sha256"]])
+        repeats.setdefault(experiment, []).append((str(path), result["config"]["seed"], accuracies))
     for repeat in repeats.values():
         paths, seeds, accuracies = zip(*repeat)
         if len(repeat) > 1 and len({*seeds}) == len(seeds):

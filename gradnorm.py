@@ -79,6 +79,8 @@ def gradnorm_loss_finite_difference(model, x, y, *, lambda_ce=0.8, lambda_gn=1.2
     if not 0 < h <= 1:
         raise ValueError(f"h is in pixels of [0, 1], such as 2/255, not {h}")
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if any(p._backward_hooks for p in parameters.values()):  # they would see gradients of the sum, and twice
+        raise ValueError("the parameters have gradient hooks: change their .grad after .backward()")
     losses, gradient, *of_parameters = losses_and_gradients(model, x, y, parameters)  # of the sum of the losses
     clean = KnownGradient.apply(losses.detach().mean(), [g / len(x) for g in of_parameters], *parameters.values())
     step = h / per_channel(sigma, x) * sign(gradient)
@@ -122,6 +124,8 @@ def pgd_attack(model, x, y, *, eps=4 / 255, step_size=None, steps=10, random_sta
     if steps < 0:
         raise ValueError(f"steps must not be negative, not {steps}")
     step_size = 2.5 * eps / max(steps, 1) if step_size is None else step_size
+    if CHECK_VALUES and not torch.compiler.is_compiling() and not 0 <= step_size <= 1:
+        raise ValueError(f"step_size is in pixels of [0, 1], such as 1/255, not {step_size}")
     # The ball's walls would be rounded in bfloat16. The model gets images of the type that it was given.
     dtype, x = x.dtype, at_least_float32(x.detach()).clamp(0, 1)
     lowest, highest = (x - eps).clamp(min=0), (x + eps).clamp(max=1)

@@ -425,6 +425,12 @@ def test_wrong_input_of_one_function_raises():
             evaluate.pgd_accuracy(model, x, y, eps=0.1, restarts=restarts)
     with pytest.raises(ValueError, match="steps"):
         pgd_attack(model, x, y, steps=-1)
+    for step_size in (2, -1 / 255, math.nan):
+        with pytest.raises(ValueError, match="step_size is in pixels"):
+            pgd_attack(model, x, y, step_size=step_size)
+    model[0].weight.register_hook(lambda g: g.clamp(-1, 1))
+    with pytest.raises(ValueError, match="gradient hooks"):
+        gradnorm_loss_finite_difference(model, x, y)
     for h in (0, -0.1, 2, math.nan):  # 2/255 was meant
         with pytest.raises(ValueError, match=f"h is in pixels.*{h}"):
             gradnorm_loss_finite_difference(model, x, y, h=h)
@@ -1003,6 +1009,11 @@ def test_two_runs_that_start_at_once_into_one_folder_are_stopped(folder, out, mo
         run(*flags_for(folder, out))
 
 
+def test_processes_of_different_data_are_stopped(folder, out, monkeypatch):
+    monkeypatch.setattr(train, "from_rank_zero", lambda read: 47)
+    assert "different numbers of images" in mistake(*flags_for(folder, out))
+
+
 def test_erasing_gives_normal_noise_in_one_rectangle_per_image():
     image, seen, rectangles = torch.full((3, 40, 40), 115, dtype=torch.uint8), [], set()
     for _ in range(300):
@@ -1173,6 +1184,7 @@ def test_pretrained_weights_are_asked_for(folder, out, monkeypatch):
 @pytest.mark.parametrize("flags, words", [
     (["--method", "magic"], ["magic", "natural", "gradnorm", "adversarial"]),
     (["--model", "resnet19"], ["resnet19"]),
+    (["--model", "googlenet", "--pretrained"], ["googlenet returns auxiliary logits"]),
     (["--eps", "four"], ["--eps", "four"]),
     (["--eps", "8"], ["--eps", "8 is not within [0, 1]", "4/255"]),
     (["--h", "2"], ["--h", "2 is not within"]),
@@ -1775,6 +1787,9 @@ def test_signs_of_untrustworthy_robustness_are_told(short_attacks):
                 warnings.simplefilter("always")
                 attack(doubtful, images, y, eps=0.01)
             assert any(re.search(words, str(warning.message)) for warning in told), words
+    with torch.autocast("cpu", torch.float16), pytest.warns(UserWarning, match="float16"):
+        evaluate.pgd_accuracy(model.float(), x.float(), y, eps=0.01)
+    model.double()
     nan = Nan()(x).isnan().any(1).double().mean().item()
     assert 0 < nan < 1
     with pytest.warns(UserWarning):  # argmax would call it class 0
@@ -1846,7 +1861,7 @@ def test_evaluate_prints_a_table_and_writes_json(checkpoint, capsys):
     assert len(list(checkpoint.parent.iterdir())) == 4  # with the checkpoint
 
 
-def test_seeds_of_one_setting_have_a_row_of_mean_and_standard_deviation(checkpoint, capsys):
+def test_seeds_of_one_setting_have_a_row_of_mean_and_standard_deviation(checkpoint, folder, tmp_path, capsys):
     paths = [checkpoint.parent / f"{name}.pt" for name in ("fast-0", "fast-1", "slow-0")]
     for path, seed, lr in zip(paths, (0, 1, 0), (0.01, 0.01, 0.001)):
         rewrite(checkpoint, path, bias=[0.0, -1000.0 * seed, 0.0], seed=seed, lr=lr, output_dir=path.stem)
@@ -1860,6 +1875,13 @@ def test_seeds_of_one_setting_have_a_row_of_mean_and_standard_deviation(checkpoi
         run(*paths[:2], "--num-images", "12", script=evaluate)
     assert len(capsys.readouterr().out.splitlines()) == 2 + 2  # nor are two lengths
     high, low = (result(checkpoint.parent, f"fast-{seed}-pgd10-12-eps48.json")["clean_accuracy"] for seed in (0, 1))
+    shutil.copytree(folder, tmp_path / "other")
+    shutil.copy(tmp_path / "other/val/red/0.jpg", tmp_path / "other/val/red/1.jpg")
+    rewrite(paths[1], data_dir=str(tmp_path / "other"))
+    torch.save(torch.load(paths[0], weights_only=True) | {"epoch": 3}, paths[0])
+    capsys.readouterr()
+    run(*paths[:2], "--eps", "1/255", "--num-images", "12", script=evaluate)
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 2  # nor are two sets of images
     assert high > low and rows[3][1] == f"{(high + low) / 2:.2f} ± {(high - low) / 2 ** 0.5:.2f}"
 
 
@@ -1903,7 +1925,7 @@ def test_interrupted_evaluation_goes_on_and_ends_as_undisturbed(checkpoint, shor
 
 
 def test_two_processes_go_on_as_one(checkpoint, capsys):
-    rewrite(checkpoint, val_images=12)
+    rewrite(checkpoint, val_images=12, images=36)
     flags = [checkpoint, "--eps", "48/255", "56/255", "1", "--restarts", "2", "--num-images", "12"]
     path = checkpoint.with_name("pgd10x2-12-eps48-56-255.json")
     warnings.simplefilter("ignore")  # the images are not test images
@@ -1947,8 +1969,28 @@ def test_bad_input_of_the_evaluation_is_told(checkpoint, folder, tmp_path):
         assert [path.name for path in checkpoint.parent.iterdir()] == ["checkpoint.pt"]
 
 
+def test_a_result_is_of_the_checkpoint_and_the_images_that_it_names(checkpoint, folder, tmp_path, monkeypatch):
+    """The checkpoint is replaced by a training that goes on; the test images are replaced; training images are added,
+    so that those that were held out are others."""
+    load, other = train.load_checkpoint, checkpoint.with_name("other.pt")
+    rewrite(checkpoint, other, bias=[0.0, -1000.0, 0.0])
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "load_checkpoint", lambda *args: [load(*args), shutil.copy(other, checkpoint)][0])
+        assert "was replaced while" in mistake(checkpoint, "--num-images", "12", script=evaluate)
+    run(checkpoint, "--num-images", "12", script=evaluate)
+    before = result(checkpoint.parent, "pgd10-12-eps1-2-4.json")
+    shutil.copytree(folder, tmp_path / "grown")
+    shutil.copy(tmp_path / "grown/val/red/0.jpg", tmp_path / "grown/val/red/1.jpg")
+    flags = [checkpoint, "--num-images", "12", "--data-dir", tmp_path / "grown"]
+    assert "is of other images: move it away" in mistake(*flags, script=evaluate)
+    assert result(checkpoint.parent, "pgd10-12-eps1-2-4.json") == before
+    rewrite(checkpoint, val_images=12, images=36)
+    shutil.copy(tmp_path / "grown/val/red/0.jpg", tmp_path / "grown/train/red/new.jpg")
+    assert "training images have changed" in mistake(*flags, script=evaluate)
+
+
 def test_each_checkpoint_meets_its_own_images(checkpoint, tmp_path, capsys):
-    rewrite(checkpoint, checkpoint.with_name("held.pt"), val_images=12)
+    rewrite(checkpoint, checkpoint.with_name("held.pt"), val_images=12, images=36)
     with pytest.warns(UserWarning, match="--val-images 12 held out, not on test images"):
         run(checkpoint, checkpoint.with_name("held.pt"), "--num-images", "12", script=evaluate)
     first, second = (result(checkpoint.parent, f"{stem}pgd10-12-eps1-2-4.json") for stem in ("", "held-"))
@@ -2101,7 +2143,7 @@ def test_each_eps_has_a_result_of_its_own_and_older_names_are_found(runs):
     (runs[0] / "pgd10-500-eps16.json").write_text(json.dumps(larger))  # which the others lack
     for path in runs:  # AutoAttack counts once all have it
         check()
-        written = result(path, "pgd10-12-eps16.json") | {"attack": "autoattack"}
+        written = result(path, "pgd10-12-eps16.json") | {"attack": "autoattack", "restarts": 2}
         (path / "autoattack-12-eps16.json").write_text(json.dumps(written))
     assert cost(16)[0] == "AutoAttack accuracy (%), ε = 16/255"
     (path / "autoattack-12-eps16.json").write_text(json.dumps(written | {"images_sha256": "of others"}))
@@ -2206,7 +2248,7 @@ def test_pictures_of_what_is_not_there_are_told(runs, tmp_path, capsys):
     for path, bias in (runs[0], [-1000.0, -1000.0, 0.0]), (runs[1], [0.0, 0.0, -1000.0]):
         rewrite(path / "checkpoint.pt", bias=bias)
     shutil.copytree(runs[2], tmp_path / "more/run")
-    for name, change in (("strange", {"val_images": 12}), ("fewer", {"eval_images": 6})):
+    for name, change in (("strange", {"val_images": 12}), ("fewer", {"eval_images": 6}), ("large", {"image_size": 32})):
         shutil.copytree(runs[2], tmp_path / name)
         rewrite(tmp_path / name / "checkpoint.pt", **change)
     for flags, words in [
@@ -2215,12 +2257,17 @@ def test_pictures_of_what_is_not_there_are_told(runs, tmp_path, capsys):
         (["gradients", *runs], "no image is classified rightly"), (["attack", *runs], "no image is classified rightly"),
         (["gradients", runs[2], tmp_path / "strange"], "differ in val_images"),
         (["accuracy", runs[2], tmp_path / "fewer"], "differ in eval_images"),
+        (["accuracy", runs[2], tmp_path / "large"], "differ in image_size"),
         (["epochs", runs[2], tmp_path / "fewer"], "differ in eval_images"),
         (["all", tmp_path / "runs", tmp_path / "more", "--output", tmp_path], "2 folders"),
         (["all", runs[1] / "gradients"], "no runs in"),
     ]:
         assert words in mistake(*flags, script=visualize)
     assert not [*tmp_path.rglob("*.png")]
+    written = result(runs[2], "pgd10-12-eps8.json")
+    (runs[2] / "pgd10-12-eps8.json").write_text(json.dumps(written | {"sha256": "of an earlier epoch"}))
+    (runs[2] / "checkpoint.pt").unlink()
+    assert "are of different checkpoints" in mistake("cost", runs[2], script=visualize)
     (runs[1] / "checkpoint.pt").write_bytes(b"half a file")
     run("all", tmp_path / "runs", script=visualize)
     assert f"{runs[1]} is left out: " in capsys.readouterr().out and (tmp_path / "runs/accuracy.png").exists()

@@ -91,6 +91,8 @@ def main():
     torch.manual_seed(args.seed)  # the same first weights on every rank
 
     train_set, test_set, loader = load_data(args, pin_memory=device.type == "cuda")
+    if from_rank_zero(lambda: len(train_set)) != len(train_set):  # they would wait for each other for ever
+        raise ValueError("the processes have found different numbers of images: give each machine the same data")
     images, labels = held_out(test_set, args.eval_images)
     classes = len(train_set.classes)
     mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=classes), v2.CutMix(alpha=1.0, num_classes=classes)])
@@ -284,6 +286,8 @@ def build_model(name, channels, classes, activation=None, pretrained=False, imag
     """A model from pixels (N, `channels`, H, W) to logits (N, `classes`): ConvNet, or torchvision's of that name with
     the normalisation of its weights. `activation` replaces every ReLU, GELU and SiLU module. ConvNet and ViTs are
     built for their `image_size`."""
+    if name in ("googlenet", "inception_v3"):
+        raise ValueError(f"{name} returns auxiliary logits beside the logits")
     if name == "convnet":
         model = nn.Sequential(Normalize([0.5] * channels, [0.25] * channels), ConvNet(channels, classes, image_size))
     else:
@@ -440,6 +444,8 @@ def load_test_set(config, data_dir=None):
     test_set = load_dataset(argparse.Namespace(**config | {"data_dir": data_dir or config["data_dir"]}), "test")
     if test_set.classes != config["classes"]:
         raise ValueError(f"the data have the classes {test_set.classes}, the model {config['classes']}")
+    if config["val_images"] and len(test_set.dataset) - len(test_set) != config.get("images"):
+        raise ValueError(f"the training images have changed: some of the {len(test_set)} held out may be trained on")
     return test_set
 
 

@@ -221,7 +221,8 @@ def common_results(runs, patterns, eps=None):
 
 
 def attack_name(result):
-    return "AutoAttack" if result["attack"] == "autoattack" else f"PGD-{result['steps']}"
+    pgd = f"PGD-{result['steps']}" + f"x{result['restarts']}" * (result["restarts"] > 1)
+    return "AutoAttack" if result["attack"] == "autoattack" else pgd
 
 
 def fraction(run):
@@ -236,6 +237,8 @@ def load_run(path, data_dir=None):
     results = [json.loads(file.read_bytes()) | {"file": file.name} for file in sorted(path.glob("*-*.json"))]
     if results and not checkpoint.exists():
         config = results[0]["config"]
+        if len({result.get("sha256") for result in results}) > 1:
+            raise ValueError(f"the results in {path} are of different checkpoints")
     else:
         config = train.read_checkpoint(checkpoint)["config"]
         sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
@@ -248,7 +251,7 @@ def load_run(path, data_dir=None):
 def tell_apart(runs):
     """The runs, of the same data, each with the style of its lines: the colour and the name of its method, or, where
     several have one method, its folder's name and a marker of its own."""
-    must_agree(runs, "dataset", "classes", "images", "val_images", "pixels")
+    must_agree(runs, "dataset", "classes", "images", "val_images", "image_size", "pixels")
     above = os.path.commonpath([os.path.abspath(run.path.parent) for run in runs])
     for method, (name, colour) in METHODS.items():
         same = [run for run in runs if run.config["method"] == method]
