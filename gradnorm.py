@@ -123,8 +123,9 @@ def pgd_attack(model, x, y, *, eps=4 / 255, step_size=None, steps=10, random_sta
     check_images(x, eps, pixels=True)
     if steps < 0:
         raise ValueError(f"steps must not be negative, not {steps}")
-    step_size = 2.5 * eps / max(steps, 1) if step_size is None else step_size
-    if CHECK_VALUES and not torch.compiler.is_compiling() and not 0 <= step_size <= 1:
+    if step_size is None:
+        step_size = 2.5 * eps / max(steps, 1)
+    elif CHECK_VALUES and not torch.compiler.is_compiling() and not 0 <= step_size <= 1:
         raise ValueError(f"step_size is in pixels of [0, 1], such as 1/255, not {step_size}")
     # The ball's walls would be rounded in bfloat16. The model gets images of the type that it was given.
     dtype, x = x.dtype, at_least_float32(x.detach()).clamp(0, 1)

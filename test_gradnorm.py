@@ -1685,6 +1685,14 @@ def test_turns_are_those_of_standard_autoattack():
     assert evaluate.pgd_turns([0.2, 0, 0.1], 2) == [("PGD", 0.1, 0), ("PGD", 0.1, 1), ("PGD", 0.2, 0), ("PGD", 0.2, 1)]
 
 
+def test_one_run_of_fab_serves_larger_radii():
+    model, x, y = linear_task(classes=2)
+    radius, images = evaluated([("FAB-T", 1e-4, 0)], model, x, y)
+    found = radius.isfinite()
+    assert found.sum() > 20 and (radius[found] > 1e-4).all()
+    torch.testing.assert_close(evaluate.linf(images, x)[found], radius[found])
+
+
 def test_an_images_verdict_does_not_depend_on_its_batch(short_square):
     model, x, y = task()
     for turns in ([("PGD", 0.02, 3)], [("APGD-CE", 0.02, 0)],
