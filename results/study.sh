@@ -4,7 +4,7 @@
 #
 #     bash results/study.sh twenty_epochs activation
 #
-# The parts: shapes; photograph_settings, photographs, large_eps, photograph_ablation, photograph_cost,
+# The parts: shapes; photograph_settings, photographs, large_eps, how_far, photograph_ablation, photograph_cost,
 # photograph_pictures; twenty_epochs, ten_epochs, activation, optimiser, weight, h_and_k, learning_rates, step_sizes,
 # lengths. Those of photographs take minutes on a large GPU, or days on one processor core; the others together about a
 # day on one core.
@@ -141,6 +141,17 @@ large_eps() {
     large gradnorm 8 --method gradnorm
     python visualize.py accuracy results/imagenette-large-eps/{single,gradnorm,difference,adversarial}-16 \
         --output results/large_eps.png
+}
+
+# From double backprop to FGSM adversarial training: ten epochs, seed 0, on the test images.
+
+how_far() {
+    local h
+    for h in 0 1 2 3 4; do
+        photograph imagenette-h/$h --method gradnorm --lambda-ce 1 --lambda-gn 1 --h $h/255 --lr 2e-2 --epochs 10 \
+            --init results/imagenette/natural-0 --eval-images 200
+        python evaluate.py results/imagenette-h/$h --eps 4/255 --steps 20 --num-images 3925
+    done
 }
 
 # The activation and the optimiser: ten epochs, seed 0, on the test images.
