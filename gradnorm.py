@@ -11,8 +11,8 @@ the adversarial loss L(x + ε · sign ∇x L): with λ_CE = λ_GN, GradNorm is a
 Read the two losses and `pgd_attack`. Below them is what they are made of: derivatives, traps of precision, checks. This
 file needs only torch and can be copied into any project. Everywhere, `x` holds images (N, C, H, W), and `y` their
 targets: class indices (N,) or class probabilities (N, classes), as mixup makes them. `model` is an `nn.Module` from
-images to logits (N, classes). Input that would give a wrong number in silence raises ValueError, with one exception:
-that `x` is normalised, and needs its `sigma`, cannot be seen.
+images to logits (N, classes). Input that would give a wrong number in silence raises ValueError where that can be
+seen; that `x` is normalised, and needs its `sigma`, cannot.
 """
 
 import torch
@@ -33,7 +33,8 @@ def gradnorm_loss(model, x, y, *, lambda_ce=0.8, lambda_gn=1.2, eps=4 / 255, sig
         norms = gradient.abs().flatten(1).sum(1)                                # ‖∇x L‖₁, over (C, H, W)
         loss = lambda_ce * losses.mean() + lambda_gn * eps * norms.mean()
 
-    The code is these lines, and σ; the rest avoids traps, each named in its place.
+    The code is these lines and σ, the second and the third in `losses_and_gradients`; the rest avoids traps, each named
+    in its place.
 
     The default λ_CE, λ_GN and ε are those of the paper. `eps` is in pixels of [0, 1]. `sigma` is the divisor of
     the input's normalisation, a number or one per channel: 1 if `x` holds pixels, the paper's 0.224 if `x` is
@@ -65,9 +66,9 @@ def gradnorm_loss_finite_difference(model, x, y, *, lambda_ce=0.8, lambda_gn=1.2
         loss = lambda_ce * clean + lambda_gn * eps * (moved - clean) / h
         loss.backward()                                                     # 4
 
-    The code takes 6: one backward pass at `x` gives both ∇x L and the gradient of L by the parameters, which
-    `KnownGradient` keeps for `.backward()`. It works where no double backward exists, in the memory of natural training
-    and one copy of the parameters' gradients.
+    The code takes 6: one forward and one backward pass at `x` give both ∇x L and the gradient of L by the parameters,
+    which `KnownGradient` keeps for `.backward()`. It works where no double backward exists, in the memory of natural
+    training and one copy of the parameters' gradients. Dropout must be off: it would draw another network at x + h · s.
 
     `h` is in pixels, by default ε/2; the other arguments and the returned value are those of `gradnorm_loss`. As h → 0
     it becomes `gradnorm_loss`; at h = ε with λ_CE = λ_GN only L(x + ε · s) is left, FGSM adversarial training. A small
@@ -79,10 +80,10 @@ def gradnorm_loss_finite_difference(model, x, y, *, lambda_ce=0.8, lambda_gn=1.2
     if not 0 < h <= 1:
         raise ValueError(f"h is in pixels of [0, 1], such as 2/255, not {h}")
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if any(p._backward_hooks for p in parameters.values()):  # they would see gradients of the sum, and twice
+    if any(p._backward_hooks for p in parameters.values()):  # a hook would run in both passes, in the first on the sum
         raise ValueError("the parameters have gradient hooks: change their .grad after .backward()")
-    losses, gradient, *of_parameters = losses_and_gradients(model, x, y, parameters)  # of the sum of the losses
-    clean = KnownGradient.apply(losses.detach().mean(), [g / len(x) for g in of_parameters], *parameters.values())
+    losses, gradient, *of_parameters = losses_and_gradients(model, x, y, parameters)
+    clean = KnownGradient.apply(losses.detach().sum(), of_parameters, *parameters.values()) / len(x)
     step = h / per_channel(sigma, x) * sign(gradient)
     moved = cross_entropies(model, (x.detach() + step).to(x.dtype), y).mean()
     return lambda_ce * clean + lambda_gn * eps * (moved - clean) / h
@@ -155,7 +156,7 @@ def losses_and_gradients(model, x, y, parameters=None, create_graph=False):
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         losses, inputs, scale = cross_entropies(model, x, y), [x, *parameters.values()], fp16_scale(x)
-        with torch.autocast(x.device.type, enabled=False):  # backward operations choose their own precision
+        with torch.autocast(x.device.type, enabled=False):  # which would cast the backward operations once more
             gradients = torch.autograd.grad(scale * losses.sum(), inputs, create_graph=create_graph, allow_unused=True)
     if gradients[0] is None:  # taken for zero, it would look like robustness
         raise ValueError("the logits have no gradient with respect to x: the model must not detach it")
@@ -164,8 +165,8 @@ def losses_and_gradients(model, x, y, parameters=None, create_graph=False):
 
 
 def traceable_losses_and_gradients(model, x, y, parameters, create_graph):
-    """The same for torch.compile, which traces torch.func into its graph, but not torch.autograd.grad. Eager mode has
-    the latter, since torch.func refuses BatchNorm in train mode. A model that detaches x is not noticed here."""
+    """The same for torch.compile, which cannot trace torch.autograd.grad. Eager mode does without torch.func, which
+    refuses BatchNorm in train mode. A model that detaches x is not noticed here."""
     scale = fp16_scale(x)
 
     def total(x, parameters):
@@ -204,8 +205,8 @@ def fp16_scale(x):
 
 
 def nan_where_infinite(value):
-    """An overflow of fp16 must reach GradScaler, and |inf| has the finite derivative ±1. The factor, of no effect on a
-    finite value, makes inf · (1 + 0 · inf) nan, and nan of the gradients that pass through it."""
+    """|inf| has the finite derivative ±1, so that GradScaler would not see an overflow of fp16. The factor is 1 where
+    the value is finite, else nan, for the value and for its gradient."""
     return value * (1 + 0 * value.detach())
 
 

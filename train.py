@@ -91,7 +91,7 @@ def main():
     torch.manual_seed(args.seed)  # the same first weights on every rank
 
     train_set, test_set, loader = load_data(args, pin_memory=device.type == "cuda")
-    if from_rank_zero(lambda: len(train_set)) != len(train_set):  # they would wait for each other for ever
+    if from_rank_zero(lambda: len(train_set)) != len(train_set):  # DDP would wait for ever for the rank with fewer
         raise ValueError("the processes have found different numbers of images: give each machine the same data")
     images, labels = held_out(test_set, args.eval_images)
     classes = len(train_set.classes)
@@ -169,10 +169,7 @@ def main():
             kept = ema.module if ema else model  # what load_checkpoint will give
             metrics.append({"epoch": epoch + 1, "loss": loss, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
                             **validate(kept, images, labels, args.eps, args.batch_size, device)})
-            x, y = images[:4].clone(), labels[:4].clone()  # of a view, all that is behind it would be saved
-            gradients = input_gradient(kept, x.to(device).float() / 255, y.to(device)).bfloat16().cpu()
-            with replace(output_dir / f"gradients/{epoch + 1:04d}.pt") as file:
-                torch.save({"images": x, "labels": y, "gradients": gradients}, file)
+            save_gradients(output_dir / f"gradients/{epoch + 1:04d}.pt", kept, images[:4], labels[:4], device)
             with replace(output_dir / "metrics.jsonl") as file:
                 file.writelines(json.dumps(line).encode() + b"\n" for line in metrics)
             with replace(path) as file:  # the last: after a kill before it, the epoch is repeated
@@ -195,9 +192,10 @@ def learning_rate(step, warmup_steps, total_steps, peak, floor=1e-5):
 def stop_if_not_finite(total_norm, loss, scaler, place):
     """DDP averages a nan into every rank's gradients: all ranks stop here together. In fp16 some overflow is normal:
     GradScaler skips the step and halves its scale. Below a scale of 1 it is no accident."""
-    if not total_norm.isfinite() and not (scaler.is_enabled() and scaler.get_scale() >= 1):
-        raise FloatingPointError(f"loss {loss.item()}, norm of its gradient {total_norm.item()} in {place}: lower --lr "
-                                 "or --lambda-gn; the last epoch's checkpoint stays")
+    if total_norm.isfinite() or scaler.is_enabled() and scaler.get_scale() >= 1:
+        return
+    raise FloatingPointError(f"loss {loss.item()}, norm of its gradient {total_norm.item()} in {place}: lower --lr or "
+                             "--lambda-gn; the last epoch's checkpoint stays")
 
 
 def validate(model, images, labels, eps, batch_size, device):
@@ -216,6 +214,13 @@ def validate(model, images, labels, eps, batch_size, device):
             robust += (right & ~misclassified(model(adversarial), y)).sum().item()
     return {"clean_accuracy": 100 * clean / len(images), "pgd10_accuracy": 100 * robust / len(images),
             "gradient_norm": gradient_norm / len(images)}
+
+
+def save_gradients(path, model, images, labels, device):
+    """Images (N, C, H, W) uint8, their labels, and ∇x L of each."""
+    gradients = input_gradient(model, images.to(device).float() / 255, labels.to(device)).bfloat16().cpu()
+    with replace(path) as file:  # of a view, all that is behind it would be saved
+        torch.save({"images": images.clone(), "labels": labels.clone(), "gradients": gradients}, file)
 
 
 def misclassified(logits, y):
@@ -368,14 +373,14 @@ def load_dataset(args, part):
     --val-images, so many of its training images, the classes in equal parts. Items are (image (C, H, W) uint8, class).
     """
     folder, size, training = Path(args.data_dir or "data"), args.image_size, part == "train"
-    in_training_part = training or args.val_images > 0
+    from_train_part = training or args.val_images > 0
     if args.dataset == "imagefolder":  # one folder of image files per class, as ImageNet has it
         crop = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)])
         transform = train_transform(args, size, v2.RandomResizedCrop(size), crop) if training else crop
-        dataset = torchvision.datasets.ImageFolder(folder / ("train" if in_training_part else "val"),
+        dataset = torchvision.datasets.ImageFolder(folder / ("train" if from_train_part else "val"),
                                                    v2.Compose([v2.PILToTensor(), transform]), loader=read_image)
     else:
-        images, targets, classes = read_images(args, folder, in_training_part)
+        images, targets, classes = read_images(args, folder, from_train_part)
         side = images.shape[-1]
         size, padding = (size, 0) if args.dataset == "imagenette" else (side, side // 8)
         crop = v2.CenterCrop(size)
@@ -384,7 +389,7 @@ def load_dataset(args, part):
     if args.val_images:
         classes, targets = dataset.classes, torch.as_tensor(dataset.targets)
         chosen = balanced_subset(targets, args.val_images)
-        if part == "train":  # on all the others
+        if training:  # on all the others
             chosen = torch.from_numpy(np.setdiff1d(np.arange(len(dataset)), chosen))
         dataset = Subset(dataset, chosen.tolist())
         dataset.classes, dataset.targets = classes, targets[chosen]
@@ -475,10 +480,10 @@ def erase(image, mean=0.45, std=0.225):
 
 
 def balanced_subset(targets, n):
-    """Indices of n images in a fixed, shuffled order in which the classes take turns, each time in another order."""
+    """Indices of n images in a fixed, shuffled order: the k-th images of all classes come before the k+1-th of any."""
     targets = torch.as_tensor(targets)
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
-    before, turns = Counter(), []  # an image's turn is the number of images of its class before it
+    before, turns = Counter(), []  # of an image, how many of its class come before it
     for target in targets[order].tolist():
         turns.append(before[target])
         before[target] += 1
@@ -512,7 +517,7 @@ def draw_shapes(n, seed, size=32):
     angle, outline = torch.atan2(y, x) + turn, torch.empty(n, size, size)
     for target, r in enumerate(outlines.values()):
         outline[targets == target] = r(angle[targets == target])
-    coverage = torch.sigmoid(size * (radius * outline - torch.hypot(x, y)))[:, None]  # an edge about a pixel wide
+    coverage = torch.sigmoid(size * (radius * outline - torch.hypot(x, y)))[:, None]  # an edge about two pixels wide
 
     background = uniform(0, 0.6, 3, 1, 1)
     colour = background + uniform(0.2, 0.4, 3, 1, 1)
@@ -697,7 +702,7 @@ def parse_args():
     if args.init:
         if args.model or args.activation or args.pretrained:
             parser.error("--init brings its model: leave out --model, --activation and --pretrained")
-        _, config = load_checkpoint(args.init)
+        config = read_checkpoint(args.init)["config"]
         args.model, args.activation, parent = config["model"], config["activation"], recipe(config)
         if args.dataset == config["dataset"] and args.val_images > config["val_images"]:
             parser.error(f"--val-images {args.val_images}: {args.init} was trained on some of these images")
