@@ -4,10 +4,10 @@
 #
 #     bash results/study.sh twenty_epochs activation
 #
-# The parts: shapes; photograph_settings, photographs, large_eps, how_far, photograph_ablation, photograph_cost,
-# photograph_pictures; twenty_epochs, ten_epochs, activation, optimiser, weight, h_and_k, learning_rates, step_sizes,
-# lengths. Those of photographs take minutes on a large GPU, or days on one processor core; the others together about a
-# day on one core.
+# The parts: shapes; photograph_settings, photographs, on_a_cpu, large_eps, how_far, photograph_ablation,
+# photograph_cost, photograph_pictures; twenty_epochs, ten_epochs, activation, optimiser, weight, h_and_k,
+# learning_rates, step_sizes, lengths. Those of photographs take minutes on a large GPU, or days on one processor
+# core; the others together about a day on one core.
 #
 # --amp bf16 is for processors with matrix units for bf16, and for GPUs; leave it out on others.
 
@@ -122,6 +122,14 @@ photographs() {
     python evaluate.py results/imagenette/{natural,gradnorm,difference,every-2,single,adversarial}-0 \
         --attack autoattack --eps 1/255 2/255 --num-images 256
     python evaluate.py results/imagenette/{natural,gradnorm,adversarial}-0 --sweep 32 --steps 100 --num-images 200
+}
+
+# The finite difference with the paper's λ once more, on a CPU: these weights are published.
+
+on_a_cpu() {
+    photograph imagenette-cpu/finite-difference-1.2 --method gradnorm --h 2/255 --lr 2e-2 --epochs 20 \
+        --init results/imagenette/natural-0 --eval-images 200
+    python evaluate.py results/imagenette-cpu/finite-difference-1.2 --eps 4/255 --steps 20 --num-images 3925
 }
 
 # Does single-step training collapse at twice and four times the ε? Seed 0.
