@@ -410,9 +410,9 @@ def main():
 
 def evaluate_checkpoint(path, args, device):
     """The result of one checkpoint on its own held-out images, which is also written beside it."""
-    sha256 = train.from_rank_zero(lambda: file_sha256(path))
+    sha256 = train.from_rank_zero(lambda: train.file_sha256(path))
     model, config = train.load_checkpoint(path, device)
-    if file_sha256(path) != sha256:
+    if train.file_sha256(path) != sha256:
         raise ValueError(f"{path} was replaced while it was read: a training that goes on?")
     with train.rank_zero_first():
         test_set = train.load_test_set(config, args.data_dir)
@@ -460,18 +460,15 @@ def attack_in_turns(model, x, y, logits, settings, path, args):
     radius = torch.tensor(progress["radius"], dtype=torch.double, device=y.device)
     bar = tqdm(turns[progress["done"]:], desc=str(path), initial=progress["done"], total=len(turns), leave=False,
                unit=" attacks", disable=train.NO_BAR)
-    for name, eps, number in bar:
+    for turn in bar:
+        name, eps, _ = turn
         bar.set_postfix_str(f"{accuracy(radius, eps):.2f} % left for {name} at ε={255 * eps:.3g}/255")
-        run_attack((name, eps, number), model, x, y, targets, radius, batch_size=args.batch_size, rank=RANK,
-                   world_size=WORLD_SIZE, **options)
+        run_attack(turn, model, x, y, targets, radius, batch_size=args.batch_size, rank=RANK, world_size=WORLD_SIZE,
+                   **options)
         progress["after"][name] = [accuracy(radius, eps) for eps in args.eps]
         progress |= {"radius": radius.tolist(), "done": progress["done"] + 1}
         write_json(file, progress)
     return radius, progress["after"]
-
-
-def file_sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def result_path(path, args):

@@ -126,7 +126,7 @@ def pgd_attack(model, x, y, *, eps=4 / 255, step_size=None, steps=10, random_sta
         raise ValueError(f"steps must not be negative, not {steps}")
     if step_size is None:
         step_size = 2.5 * eps / max(steps, 1)
-    elif CHECK_VALUES and not torch.compiler.is_compiling() and not 0 <= step_size <= 1:
+    elif may_look() and not 0 <= step_size <= 1:
         raise ValueError(f"step_size is in pixels of [0, 1], such as 1/255, not {step_size}")
     # The ball's walls would be rounded in bfloat16. The model gets images of the type that it was given.
     dtype, x = x.dtype, at_least_float32(x.detach()).clamp(0, 1)
@@ -218,16 +218,21 @@ def sign(gradient):
 # Checks of what would be wrong in silence
 
 
+def may_look():
+    """Whether a check may look at values, which torch.compile cannot trace."""
+    return CHECK_VALUES and not torch.compiler.is_compiling()
+
+
 def check_images(x, eps=0.0, sigma=1.0, pixels=False):
-    look = CHECK_VALUES and not torch.compiler.is_compiling()
     if x.ndim != 4:  # the norm would be summed over the wrong dimensions
         raise ValueError(f"x must be images (N, C, H, W), not {tuple(x.shape)}")
     if not 0 <= eps <= 1:  # 8/255 was meant, not 8
         raise ValueError(f"eps is in pixels of [0, 1], such as 4/255, not {eps}")
     sigma = torch.as_tensor(sigma)
-    if sigma.numel() not in (1, x.shape[1]) or look and not (sigma > 0).all():  # three would triple a grey image's norm
+    # Three divisors would make the norm of a grey image three times as large.
+    if sigma.numel() not in (1, x.shape[1]) or may_look() and not (sigma > 0).all():
         raise ValueError(f"sigma must be positive, one number or one per channel, not {sigma.tolist()}")
-    outside = max(-x.min().item(), x.max().item() - 1) if pixels and look else 0.0
+    outside = max(-x.min().item(), x.max().item() - 1) if pixels and may_look() else 0.0
     if not outside <= 1e-6:  # more than a resized image's rounding; or nan
         raise ValueError(f"x must hold pixels in [0, 1], and is outside by {outside:.2g}: put the normalisation into "
                          "the model")
@@ -236,7 +241,7 @@ def check_images(x, eps=0.0, sigma=1.0, pixels=False):
 def check_targets(logits, y):
     if logits.ndim != 2 or logits.shape[1] < 2:  # the loss of a single class is always 0
         raise ValueError(f"the model must return logits (N, classes) of two or more classes, not {tuple(logits.shape)}")
-    if torch.compiler.is_compiling() or not CHECK_VALUES:
+    if not may_look():
         return
     if y.is_floating_point():
         sums = y.sum(1)

@@ -15,6 +15,7 @@ data, checkpoints and the command line, can be skipped at first. A run writes in
 import argparse
 import contextlib
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -85,9 +86,7 @@ def main():
     tolerate_ascii()
     args, parent = parse_args()
     device = start_process()
-    torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it
-    torch.backends.cudnn.benchmark = True  # all batches of training have one shape
-    gradnorm.CHECK_VALUES = False  # the data fit
+    prefer_speed()
     torch.manual_seed(args.seed)  # the same first weights on every rank
 
     train_set, test_set, loader = load_data(args, pin_memory=device.type == "cuda")
@@ -418,9 +417,10 @@ def read_images(args, folder, train_part):
         decode = v2.Compose([v2.PILToTensor(), v2.Resize(side), v2.CenterCrop(side)])
         part, place = "train" if train_part else "val", folder / "imagenette2-160"
         data = torchvision.datasets.Imagenette(folder, part, "160px", download=not place.exists(), transform=decode)
-        if (found := (len(data), len(data.classes))) != IMAGENETTE[part]:
-            raise ValueError("{} has {} images of {} classes in {}/, not {} of {}: remove it, and it is downloaded "
-                             "anew".format(place, *found, part, *IMAGENETTE[part]))
+        found, whole = (len(data), len(data.classes)), IMAGENETTE[part]
+        if found != whole:
+            raise ValueError(f"{place} has {found[0]} images of {found[1]} classes in {part}/, not {whole[0]} of "
+                             f"{whole[1]}: remove it, and it is downloaded anew")
         images, targets = zip(*tqdm(data, desc="decoding", leave=False, disable=NO_BAR))
         return torch.stack(images), torch.tensor(targets), [names[0] for names in data.classes]
     source = torchvision.datasets.CIFAR10 if args.dataset == "cifar10" else torchvision.datasets.FashionMNIST
@@ -549,6 +549,11 @@ def read_checkpoint(path):
     return torch.load(checkpoint_path(path), map_location="cpu", weights_only=True)  # never unpickles code
 
 
+def file_sha256(path):
+    """Which checkpoint a result is of."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def load_checkpoint(path, device="cpu"):
     """The model of a checkpoint, in eval mode, and its configuration, a dict of train.py's flags, `classes` (names),
     `channels`, `pixels` (the side of its images), `parent` (the recipe of the run that --init named, or None) and
@@ -595,6 +600,13 @@ def start_process():
         backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1), device_id=device_id)
     return device
+
+
+def prefer_speed():
+    """For training and its benchmark."""
+    torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it
+    torch.backends.cudnn.benchmark = True  # all batches of training have one shape
+    gradnorm.CHECK_VALUES = False  # the data fit
 
 
 def leave_processes():

@@ -13,7 +13,6 @@ function, from runs to a figure; read the one that you want. What they are made 
 """
 
 import argparse
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -241,7 +240,7 @@ def load_run(path, data_dir=None):
             raise ValueError(f"the results in {path} are of different checkpoints")
     else:
         config = train.read_checkpoint(checkpoint)["config"]
-        sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+        sha256 = train.file_sha256(checkpoint)
         results = [result for result in results if result.get("sha256") == sha256]  # none of an older checkpoint
     metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_bytes().splitlines()]
     return SimpleNamespace(path=path, checkpoint=checkpoint, metrics=metrics, results=results,

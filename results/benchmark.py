@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import gradnorm
 import train
 
 METHODS = {  # name: (flags of train.py, cost in forward passes)
@@ -57,9 +56,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=20, help="steps of each method that are timed")
     args = parser.parse_args()
     device = train.start_process()
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
-    gradnorm.CHECK_VALUES = False
+    train.prefer_speed()
     model = train.build_model(args.model, 3, 10, args.activation, image_size=args.image_size).to(device).train()
     train.freeze_batchnorm(model)
     # One optimiser for all, at a rate of 0: the same work, and the weights stay as they are.

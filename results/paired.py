@@ -14,7 +14,8 @@ import numpy as np
 
 TRAININGS = {"double backprop": "gradnorm", "double backprop, λ_GN = 0.9": "gradnorm-tuned",
              "finite difference": "difference-1.2", "finite difference, λ_GN = 0.9": "difference",
-             "finite difference, λ_GN = 0.9, every 2nd step": "every-2", "finite difference, 29 epochs": "difference-long",
+             "finite difference, λ_GN = 0.9, every 2nd step": "every-2",
+             "finite difference, 29 epochs": "difference-long",
              "single-step": "single", "single-step, 36 epochs": "single-long", "PGD-3": "adversarial"}
 
 

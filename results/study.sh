@@ -22,10 +22,10 @@ export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
 publish() {  # publish RUN: its weights and settings, without the state of the optimiser, into results/
     mkdir -p results/$1
     cp runs/$1/metrics.jsonl results/$1
-    python -c 'import sys, torch
-checkpoint = torch.load(sys.argv[1], weights_only=True)
+    python -c 'import sys, torch, train
+checkpoint = train.read_checkpoint(sys.argv[1])
 torch.save({name: checkpoint[name] for name in ("model", "ema", "config", "epoch")}, sys.argv[2])' \
-        runs/$1/checkpoint.pt results/$1/checkpoint.pt
+        runs/$1 results/$1/checkpoint.pt
 }
 
 
