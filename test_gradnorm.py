@@ -2082,8 +2082,10 @@ def test_attack_shows_pgd_and_what_the_models_say(runs):
     names, fooled = ["blue", "green", "red"], 0
     for each, k in zip(loaded, (16, 64)):
         each.config["eps"] = k / 255
-    (_, images, captions), *shown = rows(visualize.attack(loaded, count=3), 5)
-    assert torch.equal(images, x) and captions == [names[i] for i in labels]
+    (_, images, above), *shown = rows(visualize.attack(loaded, count=3), 5)
+    odds = [model(x).softmax(1).max(1).values for model in models]
+    assert torch.equal(images, x)
+    assert above == [f"{names[i]}\nnatural: {a:.0%}\nGradNorm: {b:.0%}" for i, a, b in zip(labels, *odds)]
     for model, each, k, changes, sums in zip(models, loaded, (16, 64), shown[::2], shown[1::2], strict=True):
         eps = k / 255
         torch.manual_seed(0)
@@ -2094,11 +2096,31 @@ def test_attack_shows_pgd_and_what_the_models_say(runs):
         assert 0.9 * eps < change.abs().max() < eps + 1e-6
         assert changes[0] == f"{each.style['label']}:\n{255 / 2 / k:.0f} × the change"
         assert sums[0] == f"attacked,\nε = {k}/255"
-        for said, when, pictured in ((changes[2], "before", images), (sums[2], "after", sums[1])):
-            odds = model(pictured).exp() / model(pictured).exp().sum(1, keepdim=True)
-            assert said == [f"{when}: {row.max():.0%}\n{names[row.argmax()]}" for row in odds]
+        odds = model(sums[1]).exp() / model(sums[1]).exp().sum(1, keepdim=True)
+        assert sums[2] == [f"{names[row.argmax()]}: {row.max():.0%}" for row in odds] and changes[2] == [""] * 3
         fooled += (model(attacked).argmax(1) != labels).sum()
     assert fooled > 0
+
+
+def test_loss_is_that_of_images_moved_along_the_sign_of_its_gradient(runs):
+    loaded = drawable(runs[:2])
+    for each in loaded:
+        each.config["eps"] = 32 / 255
+    images, labels = train.held_out(train.load_test_set(loaded[0].config), 12)
+    drawn = list(curves(visualize.loss(loaded, count=12)).items())
+    for each, lines in zip(loaded, (drawn[:3], drawn[3:6])):
+        (curve, tangent, star), model = lines, train.load_checkpoint(each.path)[0].double()
+        assert [key[1] for key, _ in lines[:2]] == ["-", ":"] and {key[2] for key, _ in lines} == {curve[0][2]}
+        x = images.double() / 255
+        x.requires_grad_()
+        F.cross_entropy(model(x), labels, reduction="sum").backward()
+        for t, of_curve, of_tangent in zip(curve[1][0], curve[1][1], tangent[1][1], strict=True):
+            moved = F.cross_entropy(model((x + t / 255 * x.grad.sign()).clamp(0, 1)), labels).item()
+            assert of_curve == pytest.approx(moved, abs=1e-5)
+            linear = F.cross_entropy(model(x), labels).item() + t / 255 * x.grad.abs().sum().item() / 12
+            assert of_tangent == pytest.approx(linear, abs=1e-5)
+        assert curve[1][0][0] == 0 and curve[1][0][-1] == pytest.approx(64) and curve[1][0][8] == pytest.approx(32)
+        assert star[1][0] == [pytest.approx(32)] and curve[1][1][0] < star[1][1][0]
 
 
 def test_curves_hold_the_numbers_of_the_runs(runs):
@@ -2182,7 +2204,7 @@ def test_strips_are_the_kept_gradients(runs):
 def test_all_draws_what_it_can_and_says_what_it_cannot(runs, tmp_path, capsys):
     run("all", tmp_path, script=visualize)
     output = capsys.readouterr().out
-    for name in ("gradients", "epochs", "accuracy", "sweep", "cost", "attack"):
+    for name in ("gradients", "epochs", "accuracy", "sweep", "loss", "cost", "attack"):
         with Image.open(tmp_path / f"runs/{name}.png") as picture:
             assert picture.format == "PNG" and min(picture.size) > 300
         assert f"{name}.png" in output
@@ -2192,8 +2214,8 @@ def test_all_draws_what_it_can_and_says_what_it_cannot(runs, tmp_path, capsys):
     run("all", tmp_path, "--output", tmp_path / "kept", script=visualize)
     assert {path.name for path in (tmp_path / "kept").iterdir()} == {"epochs.png", "accuracy.png", "cost.png"}
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no ")]
-    for line, name, words in zip(said, ("gradients", "sweep", "attack"), ("No such file", "sweep", "No such file"),
-                                 strict=True):
+    for line, name, words in zip(said, ("gradients", "sweep", "loss", "attack"),
+                                 ("No such file", "sweep", "No such file", "No such file"), strict=True):
         assert line.startswith(f"no {name}.png of ") and words in line
 
 
@@ -2230,8 +2252,16 @@ def test_runs_of_one_method_are_told_apart_whatever_their_names(runs, tmp_path):
     several = drawable([runs[1], tmp_path / "more/gradnorm", runs[0]])
     assert several[2].style["label"] == "natural"
     first, second, _ = (run.style for run in several)
-    assert first["marker"] != second["marker"] and first["color"] == second["color"]
+    assert first["marker"] != second["marker"] and first["color"] != second["color"]
     assert [run.style["label"] for run in several[:2]] == ["runs/gradnorm", "more/gradnorm"]
+    for change, name in (({"h": 2 / 255}, "finite difference, h = 2/255"),
+                         ({"gradnorm_every": 2}, "double backprop, in 1 of 2 steps")):
+        rewrite(tmp_path / "more/gradnorm/checkpoint.pt", **change | {"h": change.get("h")})
+        several = drawable([runs[1], tmp_path / "more/gradnorm"])
+        assert [run.style["label"] for run in several] == ["double backprop", name]
+    shutil.copytree(runs[2], tmp_path / "more/single")
+    rewrite(tmp_path / "more/single/checkpoint.pt", steps=1)
+    assert [run.style["label"] for run in drawable([runs[2], tmp_path / "more/single"])][1] == "single-step"
 
 
 def test_linked_runs_are_drawn_beside_their_links(runs, tmp_path, capsys):

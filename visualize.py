@@ -5,6 +5,7 @@
     python visualize.py accuracy  runs/natural runs/gradnorm runs/adversarial    # clean and PGD-10 against the epoch
     python visualize.py sweep     runs/natural runs/gradnorm runs/adversarial    # PGD against ε, of evaluate.py --sweep
     python visualize.py cost      runs/natural runs/gradnorm runs/adversarial    # robustness against training time
+    python visualize.py loss      runs/natural runs/gradnorm runs/adversarial    # the loss along its gradient, and PGD
     python visualize.py attack    runs/natural runs/gradnorm                     # what the models say when attacked
     python visualize.py all       runs/                                          # all that the folder's runs allow
 
@@ -20,6 +21,8 @@ from types import SimpleNamespace
 
 import matplotlib
 import torch
+import torch.nn.functional as F
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from torchvision.utils import make_grid
 
@@ -47,21 +50,26 @@ def gradients(runs, count=6):
 
 
 def attack(runs, count=4, steps=20):
-    """Columns: held-out images that all models classify rightly. Rows: the image; for each model, what PGD adds to it
-    at the training ε, enlarged, and the sum. Below these, what the model says of the image before and after."""
+    """Columns: held-out images that all models classify rightly. Rows: the image, with each model's confidence in its
+    class; then for each model what PGD adds at the training ε, enlarged, and the sum, with what the model says of it."""
     models, x, labels, names = models_and_images(runs, count)
     rows, titles, captions = [x], ["image"], [names]
     for model, run in zip(models, runs):
-        eps, classes = run.config["eps"], run.config["classes"]
+        eps, label = run.config["eps"], run.style["label"]
         torch.manual_seed(0)
         attacked = pgd_attack(model, x, labels, eps=eps, steps=steps)
         rows += [(0.5 + 0.5 * (attacked - x) / eps).clamp(0, 1), attacked]
-        titles += [f"{run.style['label']}:\n{0.5 / eps:.0f} × the change", f"attacked,\nε = {fraction(run)}"]
-        for images, words in (x, "before"), (attacked, "after"):
-            with torch.no_grad():
-                confidence, said = model(images).softmax(1).max(1)
-            captions.append([f"{words}: {c:.0%}\n{classes[i]}" for c, i in zip(confidence.tolist(), said.tolist())])
+        titles += [f"{label}:\n{0.5 / eps:.0f} × the change", f"attacked,\nε = {fraction(run)}"]
+        captions[0] = [f"{above}\n{label}: {c:.0%}" for above, (c, _) in zip(captions[0], verdicts(model, x))]
+        captions += [[""] * len(x), [f"{run.config['classes'][i]}: {c:.0%}" for c, i in verdicts(model, attacked)]]
     return captioned_grid(rows, titles, captions)
+
+
+def verdicts(model, x):
+    """Of each image the confidence and the class."""
+    with torch.no_grad():
+        confidence, said = model(x).softmax(1).max(1)
+    return zip(confidence.tolist(), said.tolist())
 
 
 def models_and_images(runs, count):
@@ -158,6 +166,34 @@ def sweep(runs):
     return figure
 
 
+def loss(runs, count=300, steps=20):
+    """Mean loss of held-out images along the sign of its gradient, L(x + t · s) with s = sign ∇x L(x), against t, as
+    images, in [0, 1]. Dotted, the tangent at 0, L(x) + t · ‖∇x L(x)‖₁, of which GradNorm is made. A star: PGD at ε."""
+    must_agree(runs, "eps")
+    figure, ax = curves()
+    eps = runs[0].config["eps"]
+    images, labels = train.held_out(train.load_test_set(runs[0].config), count)
+    x, distances = images.float() / 255, torch.linspace(0, 2 * eps, 17)
+    for run in runs:
+        model, _ = train.load_checkpoint(run.checkpoint)
+        gradient = input_gradient(model, x, labels)
+        torch.manual_seed(0)
+        attacked = pgd_attack(model, x, labels, eps=eps, steps=steps)
+        with torch.no_grad():
+            along = [(x + t * gradient.sign()).clamp(0, 1) for t in distances]
+            *losses, strongest = [F.cross_entropy(model(each), labels).item() for each in (*along, attacked)]
+        tangent = losses[0] + distances * gradient.abs().sum((1, 2, 3)).mean()
+        plot(ax, run, 255 * distances, losses, marker="")
+        plot(ax, run, 255 * distances, tangent, linestyle=":", marker="", label="_")
+        plot(ax, run, [255 * eps], [strongest], marker="*", markersize=15, label="_")
+    ax.plot([], [], color="black", linestyle=":", linewidth=2, label="tangent at 0")
+    ax.plot([], [], color="black", linestyle="", marker="*", markersize=15, label=f"PGD-{steps}, ε = {fraction(run)}")
+    ax.set(xlabel="t (1/255)", ylabel="mean of L(x + t · sign ∇x L(x))")
+    ax.set_ylim(bottom=0)
+    figure.legend(loc="outside right upper")
+    return figure
+
+
 def cost(runs):
     """Robust accuracy at the training ε of the first run against the time of training, one point per run: AutoAttack's
     where all runs have it, else PGD's."""
@@ -175,8 +211,8 @@ def cost(runs):
     return figure
 
 
-PICTURES = {"gradients": gradients, "epochs": epochs, "accuracy": accuracy, "sweep": sweep, "cost": cost,
-            "attack": attack}
+PICTURES = {"gradients": gradients, "epochs": epochs, "accuracy": accuracy, "sweep": sweep, "loss": loss,
+            "cost": cost, "attack": attack}
 
 
 # What they are made of
@@ -249,16 +285,29 @@ def load_run(path, data_dir=None):
 
 def tell_apart(runs):
     """The runs, of the same data, each with the style of its lines: the colour and the name of its method, or, where
-    several have one method, its folder's name and a marker of its own."""
+    several have one method, a shade of it, a marker, and what their methods differ in, else the names of their folders.
+    """
     must_agree(runs, "dataset", "classes", "images", "val_images", "image_size", "pixels")
     above = os.path.commonpath([os.path.abspath(run.path.parent) for run in runs])
     for method, (name, colour) in METHODS.items():
         same = [run for run in runs if run.config["method"] == method]
-        for run, marker in zip(same, "osD^vPX*" * len(same)):
-            label = name if len(same) == 1 else printable(os.path.relpath(os.path.abspath(run.path), above))
+        names = [name] if len(same) == 1 else [variant(run.config) for run in same]
+        if len(set(names)) < len(same):
+            names = [printable(os.path.relpath(os.path.abspath(run.path), above)) for run in same]
+        for i, (run, label) in enumerate(zip(same, names)):
+            shade = tuple(1 - (1 - i / (len(same) + 1)) * (1 - channel) for channel in to_rgb(colour))
             label = f" {label}" if label.startswith("_") else label  # which a legend would leave out
-            run.style = {"color": colour, "marker": marker, "label": label}
+            run.style = {"color": shade, "marker": "osD^vPX*"[i % 8], "label": label}
     return runs
+
+
+def variant(config):
+    """A method as it is called beside another run of the same one."""
+    if config["method"] == "adversarial":
+        return f"PGD-{config['steps']}" if config["steps"] > 1 else "single-step"
+    h, every = config.get("h"), config.get("gradnorm_every", 1)
+    name = f"finite difference, h = {255 * h:.3g}/255" if h else "double backprop"
+    return name + f", in 1 of {every} steps" * (every > 1)
 
 
 def printable(name):

@@ -2,12 +2,11 @@
 # Every command of the study whose tables are in results/README.md. Run it from the root of the repository, and name the
 # parts to run, or copy the lines that you want:
 #
-#     bash results/study.sh twenty_epochs activation
+#     bash results/study.sh shapes large_eps
 #
-# The parts: shapes; photograph_settings, photographs, on_a_cpu, large_eps, how_far, photograph_ablation,
-# photograph_cost, photograph_pictures; twenty_epochs, ten_epochs, activation, optimiser, weight, h_and_k,
-# learning_rates, step_sizes, lengths. Those of photographs take minutes on a large GPU, or days on one processor
-# core; the others together about a day on one core.
+# The parts: shapes; photograph_settings, photographs, published_networks, large_eps, how_far, photograph_ablation,
+# photograph_cost, photograph_pictures; fashion_mnist. Those of photographs take minutes on a large GPU, or days on one
+# processor core; the others together half a day on one core.
 #
 # --amp bf16 is for processors with matrix units for bf16, and for GPUs; leave it out on others.
 
@@ -124,12 +123,15 @@ photographs() {
     python evaluate.py results/imagenette/{natural,gradnorm,adversarial}-0 --sweep 32 --steps 100 --num-images 200
 }
 
-# The finite difference with the paper's λ once more, on a CPU: these weights are published.
+# AutoAttack on more images, of networks whose weights are published. The finite difference with the paper's λ was
+# trained once more for this, on a CPU.
 
-on_a_cpu() {
+published_networks() {
     photograph imagenette-cpu/finite-difference-1.2 --method gradnorm --h 2/255 --lr 2e-2 --epochs 20 \
         --init results/imagenette/natural-0 --eval-images 200
     python evaluate.py results/imagenette-cpu/finite-difference-1.2 --eps 4/255 --steps 20 --num-images 3925
+    python evaluate.py results/imagenette/{natural,gradnorm,adversarial}-0 results/imagenette-cpu/finite-difference-1.2 \
+        --attack autoattack --eps 4/255 --num-images 1024
 }
 
 # Does single-step training collapse at twice and four times the ε? Seed 0.
@@ -141,13 +143,13 @@ large() {  # large NAME EPS FLAGS...: EPS of 255
 }
 
 large_eps() {
-    large single 16 --method adversarial --steps 1
     large gradnorm 16 --method gradnorm
     large difference 16 --method gradnorm --h 8/255
+    large single 16 --method adversarial --steps 1
     large adversarial 16 --method adversarial
     large single 8 --method adversarial --steps 1
     large gradnorm 8 --method gradnorm
-    python visualize.py accuracy results/imagenette-large-eps/{single,gradnorm,difference,adversarial}-16 \
+    python visualize.py accuracy results/imagenette-large-eps/{gradnorm,difference,single,adversarial}-16 \
         --output results/large_eps.png
 }
 
@@ -197,154 +199,37 @@ photograph_cost() {
     timed every-2nd-step $difference --gradnorm-every 2
     timed single-step --method adversarial --steps 1
     timed PGD-3 --method adversarial
-    python visualize.py cost results/imagenette-cpu/{double-backprop,finite-difference,every-2nd-step} \
-        results/imagenette-cpu/{single-step,PGD-3} --output results/cost.png
 }
 
 photograph_pictures() {
     python visualize.py gradients results/imagenette/{natural,gradnorm,adversarial}-0 --output results/gradients.png
     python visualize.py attack results/imagenette/{natural,gradnorm}-0 --output results/attack.png
+    python visualize.py loss results/imagenette/{natural,gradnorm,adversarial}-0 --output results/loss.png
     python visualize.py accuracy results/imagenette/{natural,gradnorm,adversarial}-1 --output results/accuracy.png
     python visualize.py sweep results/imagenette/{natural,gradnorm,adversarial}-0 --output results/sweep.png
     python visualize.py epochs runs/imagenette/{natural,gradnorm,adversarial-1e-2}-0 --output results/epochs.png
 }
 
 
-# The tables "Twenty epochs" and "Ten epochs": three seeds of each method, attacked on the test images.
+# Fashion-MNIST: three seeds of each method, attacked on the test images.
 
-study() {  # study FOLDER/NAME FLAGS...: one training for each seed
+fashion() {  # fashion NAME FLAGS...
     local name=$1 seed
     shift
     for seed in ${SEEDS:-0 1 2}; do
-        python train.py --dataset fashion-mnist --eps 16/255 --amp bf16 --seed $seed --output-dir runs/$name-$seed \
-            --resume "$@"
+        python train.py --dataset fashion-mnist --eps 16/255 --epochs 20 --seed $seed \
+            --output-dir runs/fashion/$name-$seed --resume "$@"
     done
 }
 
-twenty_epochs() {
-    study fashion/natural --method natural --epochs 20
-    study fashion/gradnorm --method gradnorm --lr 4e-2 --epochs 20
-    study fashion/adversarial --method adversarial --lr 4e-2 --epochs 20
-    study fashion/difference --method gradnorm --h 8/255 --lr 4e-2 --epochs 20 --amp off
-    study fashion/single --method adversarial --steps 1 --lr 4e-2 --epochs 20 --amp off
-    python evaluate.py runs/fashion/*/checkpoint.pt --eps 4/255 8/255 16/255 --steps 20 --num-images 10000
-    python evaluate.py runs/fashion/*/checkpoint.pt --attack autoattack --eps 4/255 8/255 16/255 --num-images 500
-    python evaluate.py runs/fashion/{natural,gradnorm,adversarial}-0/checkpoint.pt --sweep 32 --steps 100 \
-        --num-images 200
-}
-
-ten_epochs() {
-    study fashion-10/natural --method natural --epochs 10
-    study fashion-10/gradnorm --method gradnorm --lr 4e-2 --epochs 10
-    study fashion-10/adversarial --method adversarial --lr 4e-2 --epochs 10
-    python evaluate.py runs/fashion-10/*/checkpoint.pt --eps 4/255 8/255 16/255 --steps 20 --num-images 10000
-    python evaluate.py runs/fashion-10/*/checkpoint.pt --attack autoattack --eps 4/255 8/255 16/255 --num-images 500
-}
-
-
-# The tables "Activation", "Optimiser and learning rate" and "λ_GN": five epochs, seed 0, 5,000 held-out training
-# images.
-
-ablate() {  # ablate NAME FLAGS...
-    local name=$1
-    shift
-    python train.py --dataset fashion-mnist --eps 16/255 --amp bf16 --val-images 5000 --epochs 5 \
-        --output-dir runs/ablation/$name --resume "$@"
-}
-
-activation() {
-    local act
-    for act in gelu silu relu; do
-        ablate $act-natural --method natural --activation $act
-        ablate $act-gradnorm --method gradnorm --activation $act --lr 4e-2
-        ablate $act-difference --method gradnorm --activation $act --lr 4e-2 --h 16/255 --lambda-ce 1 --lambda-gn 1
-        ablate $act-adversarial --method adversarial --activation $act --lr 4e-2
-    done
-    ablate relu-gradnorm-1e-2 --method gradnorm --activation relu --lr 1e-2
-    python evaluate.py runs/ablation/{gelu,silu,relu}-*/checkpoint.pt --eps 16/255 --steps 20 --num-images 5000
-}
-
-optimiser() {  # AdamW at 4e-2 is gelu-gradnorm and gelu-adversarial of the part before
-    local method lr
-    for method in gradnorm adversarial; do
-        for lr in 1e-2 2e-2 8e-2; do
-            ablate adamw-$lr-$method --method $method --lr $lr
-        done
-        for lr in 0.03 0.1 0.3 1 2; do
-            ablate sgd-$lr-$method --method $method --optimizer sgd --lr $lr --weight-decay 5e-4
-        done
-        ablate decay-$method --method $method --optimizer sgd --lr 0.1 --weight-decay 0.05
-    done
-    python evaluate.py runs/ablation/{adamw,sgd,decay}-*/checkpoint.pt --eps 16/255 --steps 20 --num-images 5000
-}
-
-weight() {  # 0 and 1.5 are gelu-natural and gelu-gradnorm of the part "activation"
-    local lambda
-    for lambda in 0.25 0.5 1 2 4 8; do
-        ablate weight-$lambda --method gradnorm --lr 4e-2 --lambda-ce 1 --lambda-gn $lambda
-    done
-    python evaluate.py runs/ablation/weight-*/checkpoint.pt --eps 16/255 --steps 20 --num-images 5000
-}
-
-
-# The table "h and K": five epochs, three seeds, 2,000 of the 5,000 held-out images, in float32. `--h 0` is double
-# backprop.
-
-h_and_k() {
-    local seed every h
-    for seed in 0 1 2; do
-        for every in 1 2 3; do
-            for h in 0 4/255 8/255 16/255; do
-                python train.py --dataset fashion-mnist --eps 16/255 --val-images 5000 --epochs 5 --seed $seed \
-                    --method gradnorm --lambda-ce 1 --lambda-gn 1 --h $h --gradnorm-every $every \
-                    --output-dir runs/h-and-k/h${h%/255}-every$every-$seed --resume
-            done
-        done
-        python train.py --dataset fashion-mnist --eps 16/255 --val-images 5000 --epochs 5 --seed $seed \
-            --method adversarial --output-dir runs/h-and-k/adversarial-$seed --resume
-    done
-    python evaluate.py runs/h-and-k/*/checkpoint.pt --eps 16/255 --steps 20 --num-images 2000
-}
-
-
-# "How the learning rates were chosen": seed 0, held-out training images; the first two parts in float32.
-
-tune() {  # tune NAME FLAGS...
-    local name=$1
-    shift
-    python train.py --dataset fashion-mnist --eps 16/255 --val-images 5000 --output-dir runs/tune/$name --resume "$@"
-}
-
-learning_rates() {
-    local lr
-    for lr in 1e-2 4e-2; do
-        tune gradnorm-5-$lr --method gradnorm --epochs 5 --lr $lr
-    done
-    for lr in 5e-3 1e-2 2e-2 4e-2 8e-2; do
-        tune adversarial-5-$lr --method adversarial --epochs 5 --lr $lr
-    done
-    for lr in 1e-2 2e-2 4e-2; do
-        tune adversarial-10-$lr --method adversarial --epochs 10 --lr $lr
-    done
-    python evaluate.py runs/tune/{gradnorm,adversarial}-*/checkpoint.pt --eps 16/255 --steps 20 --num-images 2000
-}
-
-step_sizes() {  # 0.4ε and ε; the default, 2ε/3, is adversarial-5-4e-2 of the part before
-    tune step-0.4eps --method adversarial --epochs 5 --lr 4e-2 --step-size 32/1275
-    tune step-eps --method adversarial --epochs 5 --lr 4e-2 --step-size 16/255
-    python evaluate.py runs/tune/step-*/checkpoint.pt --eps 16/255 --steps 20 --num-images 2000
-}
-
-lengths() {  # 5 epochs are gelu-adversarial of the part "activation"
-    local seed
-    for seed in 0 1 2; do
-        tune length-10-$seed --method adversarial --lr 4e-2 --amp bf16 --epochs 10 --seed $seed
-    done
-    for seed in 0 1; do
-        tune length-20-$seed --method adversarial --lr 4e-2 --amp bf16 --epochs 20 --seed $seed
-    done
-    tune length-40-0 --method adversarial --lr 4e-2 --amp bf16 --epochs 40
-    python evaluate.py runs/tune/length-*/checkpoint.pt --eps 16/255 --steps 20 --num-images 5000
+fashion_mnist() {
+    fashion natural --method natural --amp bf16
+    fashion gradnorm --method gradnorm --lr 4e-2 --amp bf16
+    fashion adversarial --method adversarial --lr 4e-2 --amp bf16
+    fashion difference --method gradnorm --h 8/255 --lr 4e-2
+    fashion single --method adversarial --steps 1 --lr 4e-2
+    python evaluate.py runs/fashion/* --eps 4/255 8/255 16/255 --steps 20 --num-images 10000
+    python evaluate.py runs/fashion/* --attack autoattack --eps 4/255 8/255 16/255 --num-images 500
 }
 
 

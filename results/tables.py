@@ -1,0 +1,100 @@
+"""The tables of results/README.md that compare accuracies on photographs at ε = 4/255, and how_far.png, from the JSON.
+
+    python -m results.tables
+
+Accuracies are in %, with the standard deviation over seeds; differences are means over images and seeds, with the
+standard error over images in parentheses. All models met the same images, so that their differences, image by image,
+are surer than their accuracies.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+import visualize
+
+HERE = Path(__file__).parent
+TRAININGS = {"natural": "natural", "double backprop": "gradnorm", "double backprop, λ_GN = 0.9": "gradnorm-tuned",
+             "finite difference": "difference-1.2", "finite difference, 29 epochs": "difference-long",
+             "finite difference, every 2nd step": "every-2-1.2", "finite difference, λ_GN = 0.9": "difference",
+             "finite difference, λ_GN = 0.9, every 2nd step": "every-2",
+             "single-step": "single", "single-step, 36 epochs": "single-long", "PGD-3": "adversarial",
+             "PGD-3, half the rate": "adversarial-1e-2", "PGD-3, 40 epochs": "adversarial-40"}
+LONG = {"natural": "imagenette/natural-0", "double backprop": "imagenette/gradnorm-0",
+        "finite difference": "imagenette-cpu/finite-difference-1.2", "PGD-3": "imagenette/adversarial-0"}
+
+
+def standing(file, *runs):
+    """Which images stand in the result of that name, (runs, images), in %, or None where not all runs have it."""
+    files = [HERE / run / file for run in runs]
+    if not files or not all(file.exists() for file in files):
+        return None
+    results = [json.loads(file.read_bytes()) for file in files]
+    return np.array([[100 * int(c) for c in result["standing"][result["radii"].index(4 / 255)]] for result in results])
+
+
+def mean(images):
+    """Of (seeds, images): the mean, and the standard deviation of the seeds."""
+    if images is None:
+        return ""
+    seeds = images.mean(1)
+    return f"{seeds.mean():.1f}" + (f" ± {seeds.std(ddof=1):.1f}" if len(seeds) > 1 else "")
+
+
+def difference(ours, theirs):
+    """Of two (seeds, images): the mean difference, and its standard error over images."""
+    if ours is None or ours is theirs or ours.shape != theirs.shape:
+        return ""
+    images = (ours - theirs).mean(0)
+    return f"{images.mean():+.1f} ({images.std(ddof=1) / len(images) ** 0.5:.1f})".replace("-", "−")
+
+
+def table(*rows):
+    print(*(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])), "", sep="\n")
+
+
+def clean(*runs):
+    """The clean accuracy of each run, (runs, 1): the JSON has no verdict of each image."""
+    return np.array([[json.loads((HERE / run / "pgd20-3925-eps4.json").read_bytes())["clean_accuracy"]] for run in runs])
+
+
+def main():
+    runs = {name: sorted(f"imagenette/{path.name}" for path in (HERE / "imagenette").glob(f"{run}-[012]"))
+            for name, run in TRAININGS.items()}
+    pgd = {name: standing("pgd20-3925-eps4.json", *runs[name]) for name in runs}
+    some = {name: images[:, :256] for name, images in pgd.items()}  # those that AutoAttack met
+    auto = {name: standing("autoattack-256-eps4.json", *runs[name]) for name in runs}
+    table(["training", "seeds", "clean", "PGD-20", "PGD-20, 256", "AutoAttack, 256"],
+          *([name, str(len(runs[name])), mean(clean(*runs[name])), mean(pgd[name]), mean(some[name]), mean(auto[name])]
+            for name in runs))
+    table(["less PGD-3", "PGD-20", "PGD-20, 256", "AutoAttack, 256", "AutoAttack less PGD-20, 256"],
+          *([name, *(difference(each[name], each["PGD-3"]) for each in (pgd, some, auto)),
+             difference(auto[name] - some[name], auto["PGD-3"] - some["PGD-3"])]
+            for name in runs if len(runs[name]) == 3 and auto[name] is not None and name not in ("natural", "PGD-3")))
+
+    pgd, auto = ({name: standing(file, run) for name, run in LONG.items()}
+                 for file in ("pgd20-3925-eps4.json", "autoattack-1024-eps4.json"))
+    some = {name: images[:, :1024] for name, images in pgd.items()}
+    table(["seed 0, 1,024 images", "PGD-20", "AutoAttack", "less PGD-3: PGD-20", "AutoAttack"],
+          *([name, mean(some[name]), mean(auto[name]), difference(some[name], some["PGD-3"]),
+             difference(auto[name], auto["PGD-3"])] for name in LONG))
+
+    steps = [f"imagenette-h/{h}" for h in range(5)]
+    pgd, accuracy = standing("pgd20-3925-eps4.json", *steps), clean(*steps)
+    table(["h", "clean", "PGD-20", "less double backprop's"],
+          *([f"{h}/255", f"{accuracy[h, 0]:.2f}", f"{pgd[h].mean():.2f}", difference(pgd[h:h + 1], pgd[:1]) if h else ""]
+            for h in range(5)))
+    figure = visualize.new_figure(6, 3.2)
+    ax = figure.subplots()
+    ax.grid(color="0.9")
+    ax.plot(range(5), accuracy, "o-", label="clean")
+    ax.plot(range(5), pgd.mean(1), "s--", label="PGD-20")
+    ax.set(xlabel="h (1/255)", ylabel="accuracy (%)", ylim=(48, 80), xticks=range(5),
+           xticklabels=["0\ndouble\nbackprop", "1", "2", "3", "4\nFGSM\ntraining"])
+    ax.legend(loc="center")
+    visualize.save(figure, HERE / "how_far.png")
+
+
+if __name__ == "__main__":
+    main()
