@@ -2,7 +2,7 @@
 
     L_GradNorm(x, y) = λ_CE · L(x, y) + λ_GN · (ε/σ) · ‖∇x L(x, y)‖₁,     L = cross-entropy
 
-Source: Rodríguez-Muñoz, Wang, Torralba, "Characterizing Robustness via Natural Input Gradients",
+Source: Rodríguez-Muñoz, Wang, Torralba, "Characterizing Model Robustness via Natural Input Gradients",
 ECCV 2024, arXiv 2409.20139.
 
 Since ‖∇x L‖₁ = max over ‖δ‖∞ ≤ 1 of δᵀ∇x L, the sum L(x) + ε‖∇x L‖₁ is the first-order Taylor expansion of

@@ -2311,8 +2311,29 @@ def test_pictures_of_what_is_not_there_are_told(runs, tmp_path, capsys):
     assert f"{runs[1]} is left out: " in capsys.readouterr().out and (tmp_path / "runs/accuracy.png").exists()
 
 
+def test_the_readmes_script_is_the_method(capsys):
+    """At a third of its length."""
+    script, *_ = readme_python()
+    changes = re.findall("sed ['\"]s/(.*?)/.*lesson.py", (HERE / "results/exercises.md").read_text())
+    assert len(changes) == 4 and all(change in script for change in changes)
+    names = {}
+    exec(script.replace("eps, epochs = 4 / 255, 3", "eps, epochs = 4 / 255, 1"), names)
+    assert names["epochs"] == 1
+    (natural, attacked), (clean, robust) = (map(float, re.findall(r"([\d.]+)%", line))
+                                            for line in capsys.readouterr().out.splitlines())
+    assert min(natural, clean) > 80 and robust > attacked + 10
+    model, x, y = names["model"], names["test_images"][:8] / 255, names["test_labels"][:8]
+    losses, gradient = names["losses_and_gradient"](model, x, y)
+    loss = 0.8 * losses.mean() + 1.2 * 4 / 255 * gradient.abs().flatten(1).sum(1).mean()
+    torch.testing.assert_close(loss, gradnorm_loss(model, x, y))
+
+
+def readme_python():
+    return re.findall("```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+
+
 def test_the_readmes_python_runs(gallery, short_attacks, tmp_path, monkeypatch):
-    """Block after block, with a stand-in for torchattacks; the first is the method."""
+    """Block after block but for the script, with a stand-in for torchattacks."""
     class PGD:
         def __init__(self, model, eps, alpha, steps):
             self.attack = partial(pgd_attack, model, eps=eps, step_size=alpha, steps=steps)
@@ -2324,15 +2345,10 @@ def test_the_readmes_python_runs(gallery, short_attacks, tmp_path, monkeypatch):
     (tmp_path / "runs").symlink_to(gallery)
     monkeypatch.chdir(tmp_path)
     model, _ = train.load_checkpoint("runs/natural/checkpoint.pt")
-    x, y = torch.rand(3, 3, 16, 16), torch.arange(3)
-    names = {"F": F, "torch": torch, "model": model, "eps": 4 / 255, "x": x, "y": y}
-    expected = gradnorm_loss(model, x, y)
-    first, *others = re.findall("```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-    exec(first, names)
-    torch.testing.assert_close(names["loss"], expected)
-    assert len(others) == 3
-    names["x"] = x = x.detach()
-    for block in others:
+    names = {"model": model, "x": (x := torch.rand(3, 3, 16, 16)), "y": torch.arange(3)}
+    _, *blocks = readme_python()
+    assert len(blocks) == 3
+    for block in blocks:
         exec(block, names)
         assert (names["adversarial"] - x).abs().max() <= 8.001 / 255
     assert 0 <= names["accuracy"] <= 100

@@ -24,7 +24,7 @@ METHODS = {  # name: (flags of train.py, cost in forward passes)
     "GradNorm, double backprop": ({"method": "gradnorm", "h": 0.0}, 6),
     "GradNorm, finite difference": ({"method": "gradnorm", "h": 2 / 255}, 6),
     "GradNorm, finite difference, every 2nd step": ({"method": "gradnorm", "h": 2 / 255, "gradnorm_every": 2}, 4.5),
-    "PGD-1": ({"method": "adversarial", "steps": 1}, 2 * 1 + 3),
+    "single-step": ({"method": "adversarial", "steps": 1}, 2 * 1 + 3),
     "PGD-3": ({"method": "adversarial", "steps": 3}, 2 * 3 + 3),
 }
 
