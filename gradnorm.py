@@ -33,8 +33,8 @@ def gradnorm_loss(model, x, y, *, lambda_ce=0.8, lambda_gn=1.2, eps=4 / 255, sig
         norms = gradient.abs().flatten(1).sum(1)                                # ‖∇x L‖₁, over (C, H, W)
         loss = lambda_ce * losses.mean() + lambda_gn * eps * norms.mean()
 
-    The code is these lines and σ, the second and the third in `losses_and_gradients`; the rest avoids traps, each named
-    in its place.
+    That is all, but for σ. Lines 2 and 3 are in `losses_and_gradients`; what the code has besides avoids traps, each
+    named in its place.
 
     The default λ_CE, λ_GN and ε are those of the paper. `eps` is in pixels of [0, 1]. `sigma` is the divisor of
     the input's normalisation, a number or one per channel: 1 if `x` holds pixels, the paper's 0.224 if `x` is
@@ -71,8 +71,9 @@ def gradnorm_loss_finite_difference(model, x, y, *, lambda_ce=0.8, lambda_gn=1.2
     training and one copy of the parameters' gradients. Dropout must be off: it would draw another network at x + h · s.
 
     `h` is in pixels, by default ε/2; the other arguments and the returned value are those of `gradnorm_loss`. As h → 0
-    it becomes `gradnorm_loss`; at h = ε with λ_CE = λ_GN only L(x + ε · s) is left, FGSM adversarial training. A small
-    h drowns in rounding: in float32 below 1e-6, under bfloat16 autocast below ε/16. Weights must be among
+    it becomes `gradnorm_loss`; at h = ε with λ_CE = λ_GN only L(x + ε · s) is left, FGSM adversarial training. In
+    between, L(x) counts λ_CE - λ_GN · ε/h times, with the defaults -1.6 times. x + h · s is not clipped to [0, 1]. A
+    small h drowns in rounding: in float32 below 1e-6, under bfloat16 autocast below ε/16. Weights must be among
     `model.parameters()`.
     """
     check_images(x, eps, sigma)
@@ -90,7 +91,9 @@ def gradnorm_loss_finite_difference(model, x, y, *, lambda_ce=0.8, lambda_gn=1.2
 
 
 class KnownGradient(torch.autograd.Function):
-    """A number whose gradients by `parameters` are known: its backward need not go through the model again."""
+    """A number whose gradients by `parameters` are known: its backward need not go through the model again. Here it is
+    the sum of the losses, whose gradients came with ∇x L; `upstream` is what autograd multiplies them by, the weight
+    of L(x) over N."""
 
     @staticmethod
     def forward(ctx, value, gradients, *parameters):

@@ -38,7 +38,7 @@ import gradnorm
 import train
 import visualize
 from gradnorm import gradnorm_loss, gradnorm_loss_finite_difference, input_gradient, pgd_attack
-from results import benchmark
+from results import benchmark, tables
 
 pytestmark = pytest.mark.filterwarnings("error")  # a new one of torch is not overlooked
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # CUDA_VISIBLE_DEVICES=0 pytest tries a GPU
@@ -2018,6 +2018,21 @@ def test_published_checkpoints_are_those_of_the_results_beside_them(path):
     assert "--resume" in mistake("--output-dir", path.parent)
 
 
+def test_published_tables_are_those_of_the_json(monkeypatch, capsys):
+    pictures = []
+    monkeypatch.setattr(visualize, "save", lambda figure, path: pictures.append(path.name))
+    tables.main()
+    published = (HERE / "results/README.md").read_text().splitlines()
+    printed = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line]
+    for name, *cells in printed:
+        found = [row for row in published if row.startswith(f"| {name}") and all(f" {c} " in row for c in cells)]
+        assert found or name == "---", (name, cells)
+    assert len(printed) > 30 and pictures == ["how_far.png"]
+    ours, theirs = np.array([[100, 0, 100, 100], [100, 0, 0, 100]]), np.array([[0, 0, 100, 100], [0, 0, 100, 100]])
+    assert tables.mean(ours) == "62.5 ± 17.7"  # seeds of 75 and 50
+    assert tables.difference(ours, theirs) == "+12.5 (31.5)"  # images of 100, 0, -50 and 0
+
+
 # The pictures
 
 
@@ -2063,13 +2078,12 @@ def test_gradients_shows_the_input_gradient_of_each_model(runs):
     assert sorted(labels.tolist()) in ([0, 0, 2], [0, 2, 2])
     (title, images, captions), *shown = rows(visualize.gradients(loaded, count=3), 4)
     assert title == "image" and torch.equal(images, x) and captions == [["blue", "green", "red"][i] for i in labels]
-    for (title, tiles, captions), each, model in zip(shown, loaded, models, strict=True):
-        assert title == each.style["label"]
-        for tile, caption, image, label in zip(tiles, captions, x, labels):
+    for (title, tiles, _), each, model in zip(shown, loaded, models, strict=True):
+        assert title == f"{each.style['label']}\nmean norm {metrics(each.path)[-1]['gradient_norm']:.3g}"
+        for tile, image, label in zip(tiles, x, labels):
             g = input_gradient(model, image[None], label[None])[0]
             q = torch.tensor(sorted(g.abs().flatten().tolist())).quantile(0.99)
             torch.testing.assert_close(tile, (0.5 + 0.5 * g / q).clamp(0, 1))
-            assert caption == f"L1 norm {g.abs().sum():.2g}"
     grey = visualize.gradient_tiles(torch.stack([torch.zeros(1, 4, 4), torch.arange(16.0).view(1, 4, 4) - 8]))
     assert (grey[0] == 0.5).all() and grey[1].min() == 0 and grey[1].flatten()[8] == 0.5
     (_, images, _), = rows(visualize.captioned_grid([grey], ["a"], [["b", "c"]]), 1)
@@ -2094,10 +2108,11 @@ def test_attack_shows_pgd_and_what_the_models_say(runs):
         change = (2 * changes[1] - 1) * eps
         torch.testing.assert_close(change, attacked - x, rtol=0, atol=1e-6)
         assert 0.9 * eps < change.abs().max() < eps + 1e-6
-        assert changes[0] == f"{each.style['label']}:\n{255 / 2 / k:.0f} × the change"
-        assert sums[0] == f"attacked,\nε = {k}/255"
+        assert changes[0] == f"{255 / 2 / k:.0f} × the change"
+        assert sums[0] == f"{each.style['label']},\nattacked: ε = {k}/255"
         odds = model(sums[1]).exp() / model(sums[1]).exp().sum(1, keepdim=True)
-        assert sums[2] == [f"{names[row.argmax()]}: {row.max():.0%}" for row in odds] and changes[2] == [""] * 3
+        assert sums[2] == [f"{'✗✓'[int(row.argmax() == i)]} {names[row.argmax()]}: {row.max():.0%}"
+                           for row, i in zip(odds, labels)] and changes[2] == [""] * 3
         fooled += (model(attacked).argmax(1) != labels).sum()
     assert fooled > 0
 

@@ -39,19 +39,19 @@ METHODS = {"natural": ("natural", "#0072B2"), "gradnorm": ("GradNorm", "#D55E00"
 
 def gradients(runs, count=6):
     """Columns: held-out images of different classes that all models classify rightly. Rows: the image, and ∇x L of each
-    model with its L1 norm."""
+    model; at its left the mean L1 norm over all images that were held out after the last epoch."""
     models, x, labels, names = models_and_images(runs, count)
-    rows, captions = [x], [names]
-    for model in models:
-        gradient = input_gradient(model, x, labels)
-        rows.append(gradient_tiles(gradient))
-        captions.append([f"L1 norm {norm:.2g}" for norm in gradient.abs().sum((1, 2, 3)).tolist()])
-    return captioned_grid(rows, ["image"] + [run.style["label"] for run in runs], captions)
+    rows, titles = [x], ["image"]
+    for model, run in zip(models, runs):
+        rows.append(gradient_tiles(input_gradient(model, x, labels)))
+        titles.append(f"{run.style['label']}\nmean norm {run.metrics[-1]['gradient_norm']:.3g}")
+    return captioned_grid(rows, titles, [names] + [[""] * len(x)] * len(runs))
 
 
 def attack(runs, count=4, steps=20):
     """Columns: held-out images that all models classify rightly. Rows: the image, with each model's confidence in its
-    class; then for each model what PGD adds at the training ε, enlarged, and the sum, with what the model says of it."""
+    class; then for each model what PGD adds at the training ε, enlarged, and the sum, with the model's verdict, ✓ or ✗.
+    """
     models, x, labels, names = models_and_images(runs, count)
     rows, titles, captions = [x], ["image"], [names]
     for model, run in zip(models, runs):
@@ -59,9 +59,10 @@ def attack(runs, count=4, steps=20):
         torch.manual_seed(0)
         attacked = pgd_attack(model, x, labels, eps=eps, steps=steps)
         rows += [(0.5 + 0.5 * (attacked - x) / eps).clamp(0, 1), attacked]
-        titles += [f"{label}:\n{0.5 / eps:.0f} × the change", f"attacked,\nε = {fraction(run)}"]
+        titles += [f"{0.5 / eps:.0f} × the change", f"{label},\nattacked: ε = {fraction(run)}"]
         captions[0] = [f"{above}\n{label}: {c:.0%}" for above, (c, _) in zip(captions[0], verdicts(model, x))]
-        captions += [[""] * len(x), [f"{run.config['classes'][i]}: {c:.0%}" for c, i in verdicts(model, attacked)]]
+        captions += [[""] * len(x), [f"{'✓' if i == right else '✗'} {run.config['classes'][i]}: {c:.0%}"
+                                     for (c, i), right in zip(verdicts(model, attacked), labels.tolist())]]
     return captioned_grid(rows, titles, captions)
 
 
@@ -187,7 +188,7 @@ def loss(runs, count=300, steps=20):
         plot(ax, run, 255 * distances, tangent, linestyle=":", marker="", label="_")
         plot(ax, run, [255 * eps], [strongest], marker="*", markersize=15, label="_")
     ax.plot([], [], color="black", linestyle=":", linewidth=2, label="tangent at 0")
-    ax.plot([], [], color="black", linestyle="", marker="*", markersize=15, label=f"PGD-{steps}, ε = {fraction(run)}")
+    ax.plot([], [], color="black", linestyle="", marker="*", markersize=15, label=f"PGD-{steps}, ε = {fraction(runs[0])}")
     ax.set(xlabel="t (1/255)", ylabel="mean of L(x + t · sign ∇x L(x))")
     ax.set_ylim(bottom=0)
     figure.legend(loc="outside right upper")

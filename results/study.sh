@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every command of the study whose tables are in results/README.md. Run it from the root of the repository, and name the
+# The commands of the study whose tables are in results/README.md. Run it from the root of the repository, and name the
 # parts to run, or copy the lines that you want:
 #
 #     bash results/study.sh shapes large_eps
@@ -149,8 +149,6 @@ large_eps() {
     large adversarial 16 --method adversarial
     large single 8 --method adversarial --steps 1
     large gradnorm 8 --method gradnorm
-    python visualize.py accuracy results/imagenette-large-eps/{gradnorm,difference,single,adversarial}-16 \
-        --output results/large_eps.png
 }
 
 # From double backprop to FGSM adversarial training: ten epochs, seed 0, on the test images.
@@ -217,7 +215,7 @@ fashion() {  # fashion NAME FLAGS...
     local name=$1 seed
     shift
     for seed in ${SEEDS:-0 1 2}; do
-        python train.py --dataset fashion-mnist --eps 16/255 --epochs 20 --seed $seed \
+        python train.py --dataset fashion-mnist --eps 16/255 --epochs 20 --seed $seed --eval-images 1000 \
             --output-dir runs/fashion/$name-$seed --resume "$@"
     done
 }
@@ -229,7 +227,12 @@ fashion_mnist() {
     fashion difference --method gradnorm --h 8/255 --lr 4e-2
     fashion single --method adversarial --steps 1 --lr 4e-2
     python evaluate.py runs/fashion/* --eps 4/255 8/255 16/255 --steps 20 --num-images 10000
-    python evaluate.py runs/fashion/* --attack autoattack --eps 4/255 8/255 16/255 --num-images 500
+        python evaluate.py runs/fashion/* --attack autoattack --eps 4/255 8/255 16/255 --num-images 500
+    for run in runs/fashion/*; do
+        mkdir -p results/fashion/${run##*/}
+        cp $run/*.json* results/fashion/${run##*/}
+    done
+
 }
 
 
