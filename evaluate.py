@@ -4,9 +4,8 @@
     python evaluate.py runs/gradnorm/checkpoint.pt --attack autoattack --eps 4/255 8/255 16/255 --num-images 500
     torchrun --standalone --nproc_per_node=8 evaluate.py ...                   # the images are split over 8 GPUs
 
-Read `autoattack` and `run_attack`. The attacks take turns: a turn is the name of an attack, its ε, and a number that
-chooses its random start or its target class. `radius` (N,) is the smallest ε at which each image is known to be
-misclassified: 0 if it is so from the start, inf as long as it stands. Above them are the attacks of standard AutoAttack (Croce, Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
+Read `autoattack` and `run_attack`, how the attacks take turns on what is left standing; above them are the attacks of
+standard AutoAttack (Croce, Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
 parameter-free attacks", ICML 2020, arXiv 2003.01690), each by itself; the command line can be skipped. A result is
 written beside its checkpoint, as autoattack-500-eps4-8-16.json; the same command resumes an interrupted evaluation.
 

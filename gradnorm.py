@@ -92,8 +92,8 @@ def gradnorm_loss_finite_difference(model, x, y, *, lambda_ce=0.8, lambda_gn=1.2
 
 class KnownGradient(torch.autograd.Function):
     """A number whose gradients by `parameters` are known: its backward need not go through the model again. Here it is
-    the sum of the losses, whose gradients came with ∇x L; `upstream` is what autograd multiplies them by, the weight
-    of L(x) over N."""
+    the sum of the losses, whose gradients came with ∇x L. `parameters` are arguments only so that autograd sends them
+    `gradients`, times `upstream`, the weight of L(x) over N."""
 
     @staticmethod
     def forward(ctx, value, gradients, *parameters):

@@ -168,8 +168,9 @@ def sweep(runs):
 
 
 def loss(runs, count=300, steps=20):
-    """Mean loss of held-out images along the sign of its gradient, L(x + t · s) with s = sign ∇x L(x), against t, as
-    images, in [0, 1]. Dotted, the tangent at 0, L(x) + t · ‖∇x L(x)‖₁, of which GradNorm is made. A star: PGD at ε."""
+    """Mean loss of held-out images along the sign of its gradient, L(x + t · s) with s = sign ∇x L(x), against t;
+    images are clipped to [0, 1]. Dotted, the tangent at 0, L(x) + t · ‖∇x L(x)‖₁, of which GradNorm is made. A star:
+    PGD at ε."""
     must_agree(runs, "eps")
     figure, ax = curves()
     eps = runs[0].config["eps"]
