@@ -666,7 +666,7 @@ def make_parser():
     add("--eps", default="4/255", type=pixel_value, help="radius of the L∞ ball in pixels, also in evaluation")
     add("--lambda-ce", default=0.8, type=float, help="gradnorm: weight of the cross-entropy")
     add("--lambda-gn", default=1.2, type=float, help="gradnorm: weight of the gradient norm")
-    add("--h", type=pixel_value, help="gradnorm: finite difference with this step, such as 2/255; without it, double backprop")
+    add("--h", type=pixel_value, help="gradnorm: take the finite difference with this step, as 2/255, not double backprop")
     add("--gradnorm-every", default=1, type=int, metavar="K", help="gradnorm: penalty in every K-th step, K times it")
     add("--steps", default=3, type=int, metavar="N", help="adversarial: steps of PGD")
     add("--step-size", type=pixel_value, help="adversarial: in pixels; by default 2ε/N, and 1.25ε for N = 1")
