@@ -33,7 +33,7 @@ def gradnorm_loss(model, x, y, *, lambda_ce=0.8, lambda_gn=1.2, eps=4 / 255, sig
         norms = gradient.abs().flatten(1).sum(1)                                # ‖∇x L‖₁, over (C, H, W)
         loss = lambda_ce * losses.mean() + lambda_gn * eps * norms.mean()
 
-    That is all, but for σ. Lines 2 and 3 are in `losses_and_gradients`; what the code has besides avoids traps, each
+    That is all, but for σ. Lines 1 to 3 are in `losses_and_gradients`; what the code has besides avoids traps, each
     named in its place.
 
     The default λ_CE, λ_GN and ε are those of the paper. `eps` is in pixels of [0, 1]. `sigma` is the divisor of
@@ -81,7 +81,7 @@ def gradnorm_loss_finite_difference(model, x, y, *, lambda_ce=0.8, lambda_gn=1.2
     if not 0 < h <= 1:
         raise ValueError(f"h is in pixels of [0, 1], such as 2/255, not {h}")
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if any(p._backward_hooks for p in parameters.values()):  # a hook would run in both passes, in the first on the sum
+    if any(p._backward_hooks for p in parameters.values()):  # which would run twice, first on the summed loss
         raise ValueError("the parameters have gradient hooks: change their .grad after .backward()")
     losses, gradient, *of_parameters = losses_and_gradients(model, x, y, parameters)
     clean = KnownGradient.apply(losses.detach().sum(), of_parameters, *parameters.values()) / len(x)
@@ -93,7 +93,7 @@ def gradnorm_loss_finite_difference(model, x, y, *, lambda_ce=0.8, lambda_gn=1.2
 class KnownGradient(torch.autograd.Function):
     """A number whose gradients by `parameters` are known: its backward need not go through the model again. Here it is
     the sum of the losses, whose gradients came with ∇x L. `parameters` are arguments only so that autograd sends them
-    `gradients`, times `upstream`, the weight of L(x) over N."""
+    `gradients`, times `upstream`, which is the weight of L(x), divided by N."""
 
     @staticmethod
     def forward(ctx, value, gradients, *parameters):

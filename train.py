@@ -53,7 +53,7 @@ class Objective(nn.Module):
 
     A module, so that DDP and torch.compile wrap all of it: attacks and inner gradients call the bare model inside, and
     only the one final `.backward()` meets DDP's hooks. A fourth method is a branch here, a choice of --method, and a
-    line in METHODS of visualize.py and of results/benchmark.py.
+    line in METHODS of visualize.py.
     """
 
     def __init__(self, model, args):
@@ -249,7 +249,7 @@ class Residual(nn.Sequential):
 class ConvNet(nn.Module):
     """The small default: 4x4 patches, then stages of three residual blocks. Between stages the resolution halves and
     the width doubles, until about 8x8 is left: one stage (0.1 M parameters) up to 32 pixels, two (0.6 M) for 64, four
-    for 224. GroupNorm of one group normalises each example by itself, and GELU is smooth: GradNorm needs both."""
+    for 224. GroupNorm of one group normalises each example by itself, and GELU is smooth: GradNorm wants both."""
 
     def __init__(self, channels, classes, image_size, width=64):
         super().__init__()
@@ -666,7 +666,7 @@ def make_parser():
     add("--eps", default="4/255", type=pixel_value, help="radius of the L∞ ball in pixels, also in evaluation")
     add("--lambda-ce", default=0.8, type=float, help="gradnorm: weight of the cross-entropy")
     add("--lambda-gn", default=1.2, type=float, help="gradnorm: weight of the gradient norm")
-    add("--h", type=pixel_value, help="gradnorm: take the finite difference with this step, as 2/255, not double backprop")
+    add("--h", type=pixel_value, help="gradnorm: step of the finite difference, such as 2/255; else double backprop")
     add("--gradnorm-every", default=1, type=int, metavar="K", help="gradnorm: penalty in every K-th step, K times it")
     add("--steps", default=3, type=int, metavar="N", help="adversarial: steps of PGD")
     add("--step-size", type=pixel_value, help="adversarial: in pixels; by default 2ε/N, and 1.25ε for N = 1")

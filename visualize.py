@@ -189,9 +189,8 @@ def loss(runs, count=300, steps=20):
         plot(ax, run, 255 * distances, tangent, linestyle=":", marker="", label="_")
         plot(ax, run, [255 * eps], [strongest], marker="*", markersize=15, label="_")
     ax.plot([], [], color="black", linestyle=":", linewidth=2, label="tangent at 0")
-        ax.plot([], [], color="black", linestyle="", marker="*", markersize=15,
+    ax.plot([], [], color="black", linestyle="", marker="*", markersize=15,
             label=f"PGD-{steps}, ε = {fraction(runs[0])}")
-
     ax.set(xlabel="t (1/255)", ylabel="mean of L(x + t · sign ∇x L(x))")
     ax.set_ylim(bottom=0)
     figure.legend(loc="outside right upper")

@@ -53,10 +53,9 @@ def table(*rows):
 
 
 def clean(*runs):
-        """The clean accuracy of each run, (runs, 1): the JSON has no verdict of each image."""
+    """The clean accuracy of each run, (runs, 1): the JSON has no verdict of each image."""
     results = [json.loads((HERE / run / "pgd20-3925-eps4.json").read_bytes()) for run in runs]
     return np.array([[result["clean_accuracy"]] for result in results])
-
 
 
 def main():
@@ -76,7 +75,7 @@ def main():
     steps = [f"imagenette-h/{h}" for h in range(5)]
     pgd, accuracy = standing("pgd20-3925-eps4.json", *steps), clean(*steps)
     table(["h", "clean", "PGD-20", "minus double backprop"],
-                    *([f"{h}/255", f"{accuracy[h, 0]:.2f}", f"{pgd[h].mean():.2f}",
+          *([f"{h}/255", f"{accuracy[h, 0]:.2f}", f"{pgd[h].mean():.2f}",
              difference(pgd[h:h + 1], pgd[:1]) if h else ""] for h in range(5)))
     figure = visualize.new_figure(6, 3.6)
     ax = figure.subplots()
