@@ -4,9 +4,9 @@
 #
 #     bash results/study.sh shapes large_eps
 #
-# The parts: shapes; photograph_settings, photographs, published_networks, large_eps, how_far, photograph_ablation,
-# photograph_cost, photograph_pictures; fashion_mnist. Those of photographs take minutes on a large GPU, or days on one
-# processor core; the others together half a day on one core.
+# The parts: shapes, confident; photograph_settings, photographs, published_networks, large_eps, how_far,
+# photograph_ablation, photograph_cost, photograph_pictures; fashion_mnist. Those of photographs take minutes on a large
+# GPU, or days on one processor core; the others together half a day on one core.
 #
 # --amp bf16 is for processors with matrix units for bf16, and for GPUs; leave it out on others.
 
@@ -36,7 +36,17 @@ shapes() {
         python train.py --method $method --output-dir runs/shapes/$method --resume
         publish shapes/$method
     done
-    python evaluate.py results/shapes/{natural,gradnorm,adversarial}
+        python evaluate.py results/shapes/{natural,gradnorm,adversarial}
+}
+
+
+# confident.png: the finite difference and exact GradNorm from the natural network of shapes.
+
+confident() {
+    python train.py --method natural --resume
+    python train.py --method gradnorm --h 2/255 --init runs/natural --output-dir runs/difference --resume
+    python train.py --method gradnorm --init runs/natural --output-dir runs/confident --resume
+    python visualize.py loss runs/{natural,confident,difference} --output results/confident.png
 }
 
 
