@@ -2270,7 +2270,7 @@ def test_runs_of_one_method_are_told_apart_whatever_their_names(runs, tmp_path):
     assert first["marker"] != second["marker"] and first["color"] != second["color"]
     assert [run.style["label"] for run in several[:2]] == ["runs/gradnorm", "more/gradnorm"]
     for change, name in (({"h": 2 / 255}, "finite difference, h = 2/255"),
-                         ({"gradnorm_every": 2}, "double backprop, in 1 of 2 steps")):
+                         ({"gradnorm_every": 2}, "double backprop, every 2nd step")):
         rewrite(tmp_path / "more/gradnorm/checkpoint.pt", **change | {"h": change.get("h")})
         several = drawable([runs[1], tmp_path / "more/gradnorm"])
         assert [run.style["label"] for run in several] == ["double backprop", name]

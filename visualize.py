@@ -310,7 +310,8 @@ def variant(config):
         return f"PGD-{config['steps']}" if config["steps"] > 1 else "single-step"
     h, every = config.get("h"), config.get("gradnorm_every", 1)
     name = f"finite difference, h = {255 * h:.3g}/255" if h else "double backprop"
-    return name + f", in 1 of {every} steps" * (every > 1)
+    ordinal = {2: "2nd", 3: "3rd"}.get(every, f"{every}th")
+    return name + f", every {ordinal} step" * (every > 1)
 
 
 def printable(name):
