@@ -2084,6 +2084,10 @@ def test_gradients_shows_the_input_gradient_of_each_model(runs):
             g = input_gradient(model, image[None], label[None])[0]
             q = torch.tensor(sorted(g.abs().flatten().tolist())).quantile(0.99)
             torch.testing.assert_close(tile, (0.5 + 0.5 * g / q).clamp(0, 1))
+    earlier = torch.load(runs[1] / "checkpoint.pt", weights_only=True) | {"epoch": 1}
+    torch.save(earlier, runs[1] / "earlier.pt")  # of whose epoch the norm is, not of the last
+    _, (title, *_) = rows(visualize.gradients(drawable([runs[1] / "earlier.pt"]), count=3), 2)
+    assert title.endswith(f"mean norm {metrics(runs[1])[0]['gradient_norm']:.3g}")
     grey = visualize.gradient_tiles(torch.stack([torch.zeros(1, 4, 4), torch.arange(16.0).view(1, 4, 4) - 8]))
     assert (grey[0] == 0.5).all() and grey[1].min() == 0 and grey[1].flatten()[8] == 0.5
     (_, images, _), = rows(visualize.captioned_grid([grey], ["a"], [["b", "c"]]), 1)

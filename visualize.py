@@ -39,12 +39,13 @@ METHODS = {"natural": ("natural", "#0072B2"), "gradnorm": ("GradNorm", "#D55E00"
 
 def gradients(runs, count=6):
     """Columns: held-out images of different classes that all models classify rightly. Rows: the image, and ∇x L of each
-    model; at its left the mean L1 norm over all images that were held out after the last epoch."""
+    model; at its left the mean L1 norm over all images that were held out after the model's epoch."""
     models, x, labels, names = models_and_images(runs, count)
     rows, titles = [x], ["image"]
     for model, run in zip(models, runs):
         rows.append(gradient_tiles(input_gradient(model, x, labels)))
-        titles.append(f"{run.style['label']}\nmean norm {run.metrics[-1]['gradient_norm']:.3g}")
+        norm, = [line["gradient_norm"] for line in run.metrics if line["epoch"] == run.config["epoch"]]
+        titles.append(f"{run.style['label']}\nmean norm {norm:.3g}")
     return captioned_grid(rows, titles, [names] + [[""] * len(x)] * len(runs))
 
 
@@ -278,7 +279,8 @@ def load_run(path, data_dir=None):
         if len({result.get("sha256") for result in results}) > 1:
             raise ValueError(f"the results in {path} are of different checkpoints")
     else:
-        config = train.read_checkpoint(checkpoint)["config"]
+        kept = train.read_checkpoint(checkpoint)
+        config = kept["config"] | {"epoch": kept["epoch"]}
         sha256 = train.file_sha256(checkpoint)
         results = [result for result in results if result.get("sha256") == sha256]  # none of an older checkpoint
     metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_bytes().splitlines()]

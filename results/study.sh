@@ -36,7 +36,7 @@ shapes() {
         python train.py --method $method --output-dir runs/shapes/$method --resume
         publish shapes/$method
     done
-        python evaluate.py results/shapes/{natural,gradnorm,adversarial}
+    python evaluate.py results/shapes/{natural,gradnorm,adversarial}
 }
 
 
@@ -237,12 +237,11 @@ fashion_mnist() {
     fashion difference --method gradnorm --h 8/255 --lr 4e-2
     fashion single --method adversarial --steps 1 --lr 4e-2
     python evaluate.py runs/fashion/* --eps 4/255 8/255 16/255 --steps 20 --num-images 10000
-        python evaluate.py runs/fashion/* --attack autoattack --eps 4/255 8/255 16/255 --num-images 500
+    python evaluate.py runs/fashion/* --attack autoattack --eps 4/255 8/255 16/255 --num-images 500
     for run in runs/fashion/*; do
         mkdir -p results/fashion/${run##*/}
         cp $run/*.json* results/fashion/${run##*/}
     done
-
 }
 
 

@@ -23,13 +23,16 @@ TRAININGS = {"natural": "natural", "double backprop": "gradnorm", "double backpr
              "PGD-3, half the rate": "adversarial-1e-2", "PGD-3, 40 epochs": "adversarial-40"}
 
 
+def read(file, runs):
+    return [json.loads((HERE / run / file).read_bytes()) for run in runs]
+
+
 def standing(file, *runs):
     """Which images stand in the result of that name, (runs, images), in %, or None where not all runs have it."""
-    files = [HERE / run / file for run in runs]
-    if not files or not all(file.exists() for file in files):
+    if not all((HERE / run / file).exists() for run in runs):
         return None
-    results = [json.loads(file.read_bytes()) for file in files]
-    return np.array([[100 * int(c) for c in result["standing"][result["radii"].index(4 / 255)]] for result in results])
+    return np.array([[100 * int(c) for c in result["standing"][result["radii"].index(4 / 255)]]
+                     for result in read(file, runs)])
 
 
 def mean(images):
@@ -42,8 +45,6 @@ def mean(images):
 
 def difference(ours, theirs):
     """Of two (seeds, images): the mean difference, and its standard error over images."""
-    if ours is None or ours is theirs or ours.shape != theirs.shape:
-        return ""
     images = (ours - theirs).mean(0)
     return f"{images.mean():+.1f} ({images.std(ddof=1) / len(images) ** 0.5:.1f})".replace("-", "−")
 
@@ -54,8 +55,7 @@ def table(*rows):
 
 def clean(*runs):
     """The clean accuracy of each run, (runs, 1): the JSON has no verdict of each image."""
-    results = [json.loads((HERE / run / "pgd20-3925-eps4.json").read_bytes()) for run in runs]
-    return np.array([[result["clean_accuracy"]] for result in results])
+    return np.array([[result["clean_accuracy"]] for result in read("pgd20-3925-eps4.json", runs)])
 
 
 def main():
@@ -77,9 +77,7 @@ def main():
     table(["h", "clean", "PGD-20", "minus double backprop"],
           *([f"{h}/255", f"{accuracy[h, 0]:.2f}", f"{pgd[h].mean():.2f}",
              difference(pgd[h:h + 1], pgd[:1]) if h else ""] for h in range(5)))
-    figure = visualize.new_figure(6, 3.6)
-    ax = figure.subplots()
-    ax.grid(color="0.9")
+    figure, ax = visualize.curves()
     ax.plot(range(5), pgd.mean(1) - pgd[0].mean(), "s-", label="under PGD-20")
     ax.plot(range(5), accuracy - accuracy[0], "o--", label="clean")
     ax.set(xlabel="h (1/255)", ylabel="accuracy gained,\nin points", xticks=range(5),
