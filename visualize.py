@@ -39,21 +39,22 @@ METHODS = {"natural": ("natural", "#0072B2"), "gradnorm": ("GradNorm", "#D55E00"
 
 def gradients(runs, count=6):
     """Columns: held-out images of different classes that all models classify rightly. Rows: the image, and ∇x L of each
-    model; at its left the mean L1 norm over all images that were held out after the model's epoch."""
-    models, x, labels, names = models_and_images(runs, count)
-    rows, titles = [x], ["image"]
+    model; at its left the mean L1 norm over up to 200 held-out images."""
+    models, x, labels, chosen, names = models_and_images(runs, count)
+    rows, titles = [x[chosen]], ["image"]
     for model, run in zip(models, runs):
-        rows.append(gradient_tiles(input_gradient(model, x, labels)))
-        norm, = [line["gradient_norm"] for line in run.metrics if line["epoch"] == run.config["epoch"]]
-        titles.append(f"{run.style['label']}\nmean norm {norm:.3g}")
-    return captioned_grid(rows, titles, [names] + [[""] * len(x)] * len(runs))
+        gradient = torch.cat([input_gradient(model, *batch) for batch in zip(x.split(50), labels.split(50))])
+        rows.append(gradient_tiles(gradient[chosen]))
+        titles.append(f"{run.style['label']}\nmean norm {gradient.abs().sum((1, 2, 3)).mean():.3g}")
+    return captioned_grid(rows, titles, [names] + [[""] * len(chosen)] * len(runs))
 
 
 def attack(runs, count=4, steps=20):
     """Columns: held-out images that all models classify rightly. Rows: the image, with each model's confidence in its
     class; then for each model what PGD adds at the training ε, enlarged, and the sum, with the model's verdict, ✓ or ✗.
     """
-    models, x, labels, names = models_and_images(runs, count)
+    models, x, labels, chosen, names = models_and_images(runs, count)
+    x, labels = x[chosen], labels[chosen]
     rows, titles, captions = [x], ["image"], [names]
     for model, run in zip(models, runs):
         eps, label = run.config["eps"], run.style["label"]
@@ -75,8 +76,8 @@ def verdicts(model, x):
 
 
 def models_and_images(runs, count):
-    """The models of the runs; `count` held-out images (N, C, H, W) that all of them classify rightly, the classes in
-    turn; their labels (N,), and the names of these."""
+    """The models of the runs; up to 200 held-out images (N, C, H, W) and their labels (N,); the indices of the first
+    `count` that all models classify rightly, the classes in turn, and the names of these images' classes."""
     config = runs[0].config
     models = [train.load_checkpoint(run.checkpoint)[0] for run in runs]
     images, labels = train.held_out(train.load_test_set(config), 200)
@@ -86,7 +87,7 @@ def models_and_images(runs, count):
     chosen = right.nonzero()[:count, 0]  # held_out lets the classes take turns
     if not len(chosen):
         raise ValueError("no image is classified rightly by all models: train them longer")
-    return models, x[chosen], labels[chosen], [config["classes"][label] for label in labels[chosen]]
+    return models, x, labels, chosen, [config["classes"][label] for label in labels[chosen]]
 
 
 def gradient_tiles(gradient, quantile=0.99):
@@ -279,8 +280,7 @@ def load_run(path, data_dir=None):
         if len({result.get("sha256") for result in results}) > 1:
             raise ValueError(f"the results in {path} are of different checkpoints")
     else:
-        kept = train.read_checkpoint(checkpoint)
-        config = kept["config"] | {"epoch": kept["epoch"]}
+        config = train.read_checkpoint(checkpoint)["config"]
         sha256 = train.file_sha256(checkpoint)
         results = [result for result in results if result.get("sha256") == sha256]  # none of an older checkpoint
     metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_bytes().splitlines()]
