@@ -369,10 +369,12 @@ def prepared(model, x, y, eps, batch_size):
 def doubts(model, x, y, logits, batch_size):
     """A line for each sign that robust accuracy cannot be trusted (Athalye et al., "Obfuscated gradients give a false
     sense of security", ICML 2018)."""
-    lines, again = [], predict(model, x[:batch_size], batch_size)
+    lines, first = [], x[:batch_size]
+    again = predict(model, first, (len(first) + 1) // 2)
     rounding = 1e-4 * again.nan_to_num(0, 0, 0).abs().max().item()
-    if not torch.allclose(again, logits[:batch_size], rtol=0, atol=rounding, equal_nan=True):
-        lines.append("the model answers differently when asked twice: the attacks do not average over its randomness")
+    if not torch.allclose(again, logits[:len(first)], rtol=0, atol=rounding, equal_nan=True):
+        lines.append("the model answers differently when asked twice, then in smaller batches: it is random, which the "
+                     "attacks do not average over, or it mixes the images of a batch")
     if logits.min() >= 0 and ((logits.sum(1) - 1).abs() < 1e-4).all():
         lines.append("the model's outputs look like probabilities: give the logits, before the softmax")
     if nan := logits.isnan().any(1).sum().item():
@@ -473,7 +475,7 @@ def attack_in_turns(model, x, y, logits, settings, path, args):
 
 def result_path(path, args):
     """runs/x/autoattack-500-eps4-8.json for runs/x/checkpoint.pt at 4/255 and 8/255, runs/x/best-... for best.pt."""
-    stem = "" if path.stem == "checkpoint" else f"{path.stem}-"
+    stem = "" if path.name == "checkpoint.pt" else path.name.removesuffix(".pt") + "-"
     radii = "-eps" + "-".join(f"{255 * eps:g}" for eps in args.eps) if args.eps else ""
     if args.sweep is not None:
         radii = f"-sweep{args.sweep}"
@@ -523,6 +525,8 @@ def parse_args():
     add("--batch-size", default=256, type=int, metavar="N", help="images per process and forward pass")
     add("--data-dir", metavar="DIR", help="where the data are, if not where they were trained from")
     args = parser.parse_args()
+    if args.attack != "pgd":  # which alone has them: with others, an interrupted evaluation would begin anew
+        args.steps, args.restarts = parser.get_default("steps"), parser.get_default("restarts")
     if args.attack == "clean":
         args.eps, args.sweep = [], None
     elif args.sweep is not None:

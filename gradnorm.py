@@ -12,7 +12,7 @@ Read the two losses and `pgd_attack`. Below them is what they are made of: deriv
 file needs only torch and can be copied into any project. Everywhere, `x` holds images (N, C, H, W), and `y` their
 targets: class indices (N,) or class probabilities (N, classes), as mixup makes them. `model` is an `nn.Module` from
 images to logits (N, classes). Input that would give a wrong number in silence raises ValueError where that can be
-seen; that `x` is normalised, and needs its `sigma`, cannot.
+seen; a normalised `x` without its `sigma` is not noticed.
 """
 
 import torch
@@ -73,8 +73,8 @@ def gradnorm_loss_finite_difference(model, x, y, *, lambda_ce=0.8, lambda_gn=1.2
     `h` is in pixels, by default ε/2; the other arguments and the returned value are those of `gradnorm_loss`. As h → 0
     it becomes `gradnorm_loss`; at h = ε with λ_CE = λ_GN only L(x + ε · s) is left, FGSM adversarial training. In
     between, L(x) counts λ_CE - λ_GN · ε/h times, with the defaults -1.6 times. x + h · s is not clipped to [0, 1]. A
-    small h drowns in rounding: in float32 below 1e-6, under bfloat16 autocast below ε/16. Weights must be among
-    `model.parameters()`.
+    small h drowns in rounding: in float32 below 1e-6, under bfloat16 autocast below ε/16, and images in bfloat16 round
+    x + h · s itself. Weights must be among `model.parameters()`.
     """
     check_images(x, eps, sigma)
     h = eps / 2 if h is None else h
@@ -233,8 +233,11 @@ def check_images(x, eps=0.0, sigma=1.0, pixels=False):
         raise ValueError(f"eps is in pixels of [0, 1], such as 4/255, not {eps}")
     sigma = torch.as_tensor(sigma)
     # Three divisors would make the norm of a grey image three times as large.
-    if sigma.numel() not in (1, x.shape[1]) or may_look() and not (sigma > 0).all():
-        raise ValueError(f"sigma must be positive, one number or one per channel, not {sigma.tolist()}")
+    if sigma.numel() not in (1, x.shape[1]) or may_look() and not ((0 < sigma) & (sigma <= 1)).all():
+        raise ValueError(f"sigma is in pixels of [0, 1], one number or one per channel, not {sigma.tolist()}")
+    if may_look() and x.grad_fn is not None and not pixels:  # what has computed x would never be trained
+        raise ValueError("x has a graph, through which no gradient would go: make what computes x a part of the model, "
+                         "or detach x")
     outside = max(-x.min().item(), x.max().item() - 1) if pixels and may_look() else 0.0
     if not outside <= 1e-6:  # more than a resized image's rounding; or nan
         raise ValueError(f"x must hold pixels in [0, 1], and is outside by {outside:.2g}: put the normalisation into "

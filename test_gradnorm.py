@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -48,9 +49,8 @@ LOSSES = [gradnorm_loss, gradnorm_loss_finite_difference]
 
 
 @pytest.fixture(autouse=True)
-def fixed_state(monkeypatch):
+def fixed_state():
     torch.manual_seed(0)
-    monkeypatch.setattr(gradnorm, "CHECK_VALUES", True)  # which train.py changes
 
 
 def linear_model(classes=3, pixels=12):
@@ -415,11 +415,14 @@ def test_probabilities_of_half_precision_sum_to_1_up_to_rounding():
 def test_wrong_input_of_one_function_raises():
     model, (x, y) = smooth_model(), batch()
     for loss in LOSSES:
-        for sigma in (0, -0.2, math.nan, [0.2, 0.0, 0.2], [0.2, 0.2]):
-            with pytest.raises(ValueError, match="sigma must be positive, one"):
+        for sigma in (0, -0.2, math.nan, 57.1, [0.2, 0.0, 0.2], [0.2, 0.2]):  # 57.1 of 255
+            with pytest.raises(ValueError, match="sigma is in pixels"):
                 loss(model, x, y, sigma=sigma)
-        with pytest.raises(ValueError, match="sigma must be positive, one"):  # would be three penalties
+        with pytest.raises(ValueError, match="sigma is in pixels"):  # would be three penalties
             loss(lambda grey: model(grey.expand(-1, 3, -1, -1)), x[:, :1], y, sigma=[0.2, 0.2, 0.2])
+        with pytest.raises(ValueError, match="x has a graph"):  # an encoder that would stay as it is
+            loss(model, nn.Conv2d(3, 3, kernel_size=1).double()(x), y)
+        loss(model, x.clone().requires_grad_(), y).backward()
     for restarts in (0, -1):
         with pytest.raises(ValueError, match="restarts"):
             evaluate.pgd_accuracy(model, x, y, eps=0.1, restarts=restarts)
@@ -684,7 +687,7 @@ def metrics(output_dir):
 
 
 def test_a_run_leaves_what_it_promises(folder, out, capsys, on_cpu):
-    run(*flags_for(folder, out), "--ema-decay", "0.5", "--activation", "silu", "--h", "4/255")
+    run(*flags_for(folder, out), "--ema-decay", "0.4", "--activation", "silu", "--h", "4/255")
     lines = metrics(out)
     assert [line["epoch"] for line in lines] == [1, 2]
     assert len(capsys.readouterr().out.splitlines()) == 3
@@ -711,7 +714,7 @@ def test_a_run_leaves_what_it_promises(folder, out, capsys, on_cpu):
 def test_training_step_is_the_equation(folder, out, on_cpu):
     """Two epochs of SGD, rewritten in a few lines with none of train.py's loop."""
     run(*flags_for(folder, out), "--optimizer", "sgd", "--lr", "0.1", "--gradnorm-every", "2",
-        "--weight-decay", "0.01", "--ema-decay", "0.8", "--lambda-gn", "0.6", "--seed", "3")
+        "--weight-decay", "0.01", "--ema-decay", "0.4", "--lambda-gn", "0.6", "--seed", "3")
     torch.manual_seed(3)
     model = train.build_model("convnet", 3, 3)
     data = train.load_dataset(argparse.Namespace(**saved(out, "config")), "train")
@@ -737,7 +740,7 @@ def test_training_step_is_the_equation(folder, out, on_cpu):
                 velocity[i] = 0.9 * velocity[i] + g * min(1, 1 / norm) + 0.01 * p * (p.ndim > 1)
                 p -= (1e-5 + (0.1 - 1e-5) * rise * fall) * velocity[i]
             weights = nn.utils.parameters_to_vector(model.parameters())
-            average = weights if average is None else 0.8 * average + 0.2 * weights
+            average = weights if average is None else 0.4 * average + 0.6 * weights
     assert 0 < clipped < 6
     trained = torch.cat([w.flatten() for name, w in saved(out).items() if name not in ("0.mean", "0.std")])
     torch.testing.assert_close(trained, weights, rtol=1e-4, atol=1e-6)
@@ -765,12 +768,28 @@ def test_each_epoch_draws_its_own_noise_and_strong_augmentation_mixes_targets(fo
 
     seen = []
     monkeypatch.setattr(train, "gradnorm_loss", noted)
-    run(*flags_for(folder, out), "--batch-size", "48", "--augment", "strong")
+    for seed in ("0", "1"):
+        run(*flags_for(folder, out / seed), "--batch-size", "48", "--augment", "strong", "--seed", seed)
     seeds, mixed = zip(*seen)
-    assert len({*seeds}) == len(seeds) == 2
+    assert len({*seeds}) == len(seeds) == 4
     for targets in mixed:
         torch.testing.assert_close(targets.sum(1), torch.ones(48))
         assert targets.min() == pytest.approx(0.1 / 3) and ((0.04 < targets) & (targets < 0.9)).any()
+
+
+def test_validation_counts_what_stays_right_under_pgd10_from_the_same_points(monkeypatch):
+    def turned(model, x, y, **arguments):  # which makes the third image right
+        seen.append((arguments, torch.rand(()).item()))
+        return torch.where(y[:, None, None, None] == 0, 1 - x, x)
+
+    seen, model = [], Layer(lambda x: x.mean((2, 3)) @ torch.tensor([[-1.0, 1.0]]) + torch.tensor([1.0, 0.0]))
+    monkeypatch.setattr(train, "pgd_attack", turned)
+    images, labels = torch.tensor([0, 255, 255]).byte().view(3, 1, 1, 1), torch.tensor([0, 1, 0])
+    for seed in (5, 6):
+        torch.manual_seed(seed)
+        found = train.validate(model, images, labels, 0.1, 2, "cpu")
+        assert [found[name] for name in ("clean_accuracy", "pgd10_accuracy")] == pytest.approx([200 / 3, 100 / 3])
+    assert seen[:2] == seen[2:] and all(arguments == {"eps": 0.1, "steps": 10} for arguments, _ in seen)
 
 
 def test_two_processes_train_as_one(folder, tmp_path, on_cpu):
@@ -780,7 +799,10 @@ def test_two_processes_train_as_one(folder, tmp_path, on_cpu):
     script, disks = tmp_path / "apart.py", [tmp_path / "disk0", tmp_path / "disk1"]
     for disk in disks:
         disk.mkdir()
-    script.write_text(f"import os, train\nos.chdir('{tmp_path}/disk' + os.environ['RANK'])\n"
+    script.write_text(f"import os, torch, train\nos.chdir('{tmp_path}/disk' + os.environ['RANK'])\n"
+                      "loss, seeds = train.gradnorm_loss, open('../seeds', 'a', buffering=1)\n"
+                      "def noted(*args, **weights):\n    print(torch.initial_seed(), file=seeds)\n"
+                      "    return loss(*args, **weights)\ntrain.gradnorm_loss = noted\n"
                       "validate, calls = train.validate, []\n"
                       "def ended(*args):\n    calls.append(0)\n    assert len(calls) < 2, 'no power'\n"
                       "    return validate(*args)\n"
@@ -792,6 +814,7 @@ def test_two_processes_train_as_one(folder, tmp_path, on_cpu):
         output, errors = two.communicate(timeout=120)
         assert (two.returncode, "no power" in errors) == (ends, ends), errors
         assert time.time() - began < 60 and len(output.splitlines()) == 2  # rank 0 alone speaks
+    assert len(set((tmp_path / "seeds").read_text().split())) == 4  # each process and epoch has noise of its own
     torch.testing.assert_close(saved(disks[0] / "two"), saved(tmp_path / "one"), rtol=1e-4, atol=1e-6)
     for a, b in zip(metrics(disks[0] / "two"), metrics(tmp_path / "one"), strict=True):
         for name in ("loss", "clean_accuracy", "pgd10_accuracy", "gradient_norm"):
@@ -802,7 +825,7 @@ def test_two_processes_train_as_one(folder, tmp_path, on_cpu):
 def test_init_starts_from_the_weights_of_another_run(folder, tmp_path):
     for seed in ("0", "1"):
         run(*flags_for(folder, tmp_path / f"natural-{seed}"), "--method", "natural", "--activation", "silu",
-            "--ema-decay", "0.5", "--seed", seed)
+            "--ema-decay", "0.4", "--seed", seed)
         run(*flags_for(folder, tmp_path / f"robust-{seed}"), "--init", tmp_path / f"natural-{seed}/checkpoint.pt",
             "--seed", seed, "--lr", "1e-9", "--weight-decay", "0")
     parent, config = train.load_checkpoint(tmp_path / "natural-0/checkpoint.pt")
@@ -852,7 +875,7 @@ def test_weight_decay_is_for_the_weights_of_layers(name):
 
 def test_killed_and_resumed_equals_undisturbed(folder, tmp_path, on_cpu):
     # All that has state: GradScaler, EMA, AdamW, worker processes, every source of randomness.
-    extra = ["--epochs", "4", "--amp", "fp16", "--ema-decay", "0.9", "--augment", "strong", "--workers", "1",
+    extra = ["--epochs", "4", "--amp", "fp16", "--ema-decay", "0.6", "--augment", "strong", "--workers", "1",
              "--gradnorm-every", "2"]
     run(*flags_for(folder, tmp_path / "undisturbed"), *extra)
     script = tmp_path / "killed.py"  # in epoch 3, in the middle of its checkpoint, with its workers
@@ -925,6 +948,20 @@ def test_a_training_step_waits_for_the_gpu_once(name, monkeypatch):
     with CountWaits() as counter:
         step(0)
     assert counter.count == 1  # for the check of the gradient
+
+
+def test_a_notebook_goes_on_with_all_checks_after_an_interrupted_training(folder, out, monkeypatch):
+    def interrupted(*args, **weights):
+        seen.append((gradnorm.CHECK_VALUES, torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark))
+        raise KeyboardInterrupt
+
+    seen = []
+    monkeypatch.setattr(gradnorm, "gradnorm_loss", interrupted)
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags_for(folder, out)])
+    with pytest.raises(KeyboardInterrupt):
+        runpy.run_path(str(HERE / "train.py"), run_name="__main__")
+    assert seen == [(False, "high", True)] and gradnorm.CHECK_VALUES
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("highest", False)
 
 
 def test_attacks_wait_for_the_gpu_a_few_times_per_iteration():
@@ -1142,6 +1179,14 @@ def test_validation_images_are_training_files_that_training_never_sees(folder, o
     assert f"| {100 * (model(x).argmax(1) == y).float().mean():.2f} |" in output
 
 
+def test_image_folders_are_cropped_as_for_torchvisions_weights(folder, out):
+    test_set = train.load_dataset(settings(*flags_for(folder, out), "--image-size", "224"), "test")
+    normalise = train.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    whole = v2.functional.pil_to_tensor(train.read_image(test_set.samples[0][0]))
+    expected = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.transforms()(whole)
+    torch.testing.assert_close(normalise(test_set[0][0] / 255), expected)
+
+
 def test_images_are_normalised_as_the_weights_expect(monkeypatch):
     monkeypatch.setattr(torchvision.models, "get_model", lambda *args, **kwargs: nn.Identity())
     for name, mean, std in (("resnet18", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
@@ -1198,6 +1243,8 @@ def test_pretrained_weights_are_asked_for(folder, out, monkeypatch):
     (["--init", "x", "--activation", "relu"], ["--init", "--activation"]),
     (["--init", "x", "--pretrained"], ["--init", "--pretrained"]),
     (["--pretrained"], ["convnet has no ImageNet weights"]),
+    (["--dataset", "imagenette", "--model", "resnet18", "--pretrained"], ["training images include the test images"]),
+    (["--ema-decay", "0.9998"], ["0.9998: after 6 steps the first weights would still be 100% of the average"]),
     (["--dataset", "cifar10"], ["--image-size", "cifar10"]),
     (["--dataset", "shapes"], ["--image-size", "shapes"]),
     (["--no-such-flag"], ["--no-such-flag"]),
@@ -1584,11 +1631,29 @@ def test_fab_finds_the_distance_to_the_boundary():
     assert radius[~reachable].isinf().all()
 
 
-def test_fab_returns_the_closest_that_it_met(monkeypatch):
-    model, x, y = task()
-    predict, seen = evaluate.predict, []
+def test_fab_is_algorithm_1_of_its_paper_and_returns_the_closest_that_it_met(monkeypatch):
+    smooth, x, _ = task()
+    model = Layer(lambda x: 20 * smooth(x) + (20 * smooth(x)) ** 3)  # so bent that α reaches its cap
+    y = model(x).argmax(1)
+    predict, seen, target, capped = evaluate.predict, [], model(x).argsort(dim=1)[:, -2], 0
     monkeypatch.setattr(evaluate, "predict", lambda model, x, size: (seen.append(x), predict(model, x, size))[1])
-    found = evaluate.fab(model, x, y, eps=0, target=model(x).argsort(dim=1)[:, -2])
+    found = evaluate.fab(model, x, y, eps=0, target=target)
+    assert len(seen) == 100
+    start = x
+    for moved in seen[:20]:
+        start = start.detach().requires_grad_()
+        gap = model(start).gather(1, torch.stack([target, y], 1)) @ torch.tensor([1.0, -1.0]).to(x)
+        normal, = torch.autograd.grad(gap.sum(), start)
+        d = evaluate.project(start, normal, -gap)
+        d_original = evaluate.project(x, normal, (normal * (start - x)).flatten(1).sum(1) - gap)
+        near, far = (v.abs().amax((1, 2, 3), keepdim=True) for v in (d, d_original))
+        capped += ((near < far) & (near / (near + far) > 0.11)).sum()
+        alpha = (near / (near + far)).clamp(max=0.1)
+        torch.testing.assert_close(
+            moved, ((1 - alpha) * (start + 1.05 * d) + alpha * (x + 1.05 * d_original)).clamp(0, 1))
+        crossed = (model(moved).argmax(1) != y)[:, None, None, None]
+        start = torch.where(crossed, x + 0.9 * (moved - x), moved)
+    assert capped > 0
     radii = torch.stack([evaluate.proved_radius(model, x, y, images) for images in list(seen)])
     torch.testing.assert_close(evaluate.proved_radius(model, x, y, found), radii.amin(0))
     assert (radii[-1] > 1.001 * radii.amin(0)).any()  # which is not the last
@@ -1785,6 +1850,7 @@ def test_signs_of_untrustworthy_robustness_are_told(short_attacks):
     for doubtful, words in (
             (copy.deepcopy(model).train(), "train mode"), (copy.deepcopy(model).half(), "float16"),
             (nn.Sequential(model, Layer(lambda z: z + torch.rand_like(z))), "twice"),
+            (nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False).double(), model), "mixes the images"),
             (nn.Sequential(model, nn.Softmax(1)), "probabilities"), (flat, f"{len(x)} of {len(x)} images is zero"),
             (nn.Sequential(Layer(lambda x: torch.where(x > 0.1, x.sqrt(), x)), model), "images is zero or nan"),
             (Nan(), "logits are nan on .* of 60 images")):
@@ -1923,7 +1989,8 @@ def test_interrupted_evaluation_goes_on_and_ends_as_undisturbed(checkpoint, shor
     assert turns_of(*flags, limit=9) == turns[:9] and not path.exists()
     left = progress.read_bytes()
     progress.with_suffix(".progress.tmp").write_bytes(left[:50])  # as a kill leaves it
-    assert turns_of(*flags) == turns[9:] and result(path.parent, path.name) == undisturbed and not progress.exists()
+    assert turns_of(*flags, "--steps", "3") == turns[9:]  # which AutoAttack has not
+    assert result(path.parent, path.name) == undisturbed and not progress.exists()
 
     rewrite(checkpoint, seed=1)
     progress.write_bytes(left)  # of another checkpoint now
@@ -1999,9 +2066,12 @@ def test_a_result_is_of_the_checkpoint_and_the_images_that_it_names(checkpoint, 
 
 def test_each_checkpoint_meets_its_own_images(checkpoint, tmp_path, capsys):
     rewrite(checkpoint, checkpoint.with_name("held.pt"), val_images=12, images=36)
+    paths = [checkpoint, shutil.copy(checkpoint, checkpoint.with_suffix(".bak")), checkpoint.with_name("held.pt")]
     with pytest.warns(UserWarning, match="--val-images 12 held out, not on test images"):
-        run(checkpoint, checkpoint.with_name("held.pt"), "--num-images", "12", script=evaluate)
-    first, second = (result(checkpoint.parent, f"{stem}pgd10-12-eps1-2-4.json") for stem in ("", "held-"))
+        run(*paths, "--num-images", "12", script=evaluate)
+    first, backup, second = (result(checkpoint.parent, f"{stem}pgd10-12-eps1-2-4.json")
+                             for stem in ("", "checkpoint.bak-", "held-"))
+    assert first["checkpoint"] == str(checkpoint) and backup["checkpoint"].endswith(".bak")
     assert first["images_sha256"] != second["images_sha256"] and first["warnings"] == []
 
 
@@ -2076,18 +2146,16 @@ def test_gradients_shows_the_input_gradient_of_each_model(runs):
     loaded = drawable(runs)
     models, x, labels = classified_rightly(loaded)
     assert sorted(labels.tolist()) in ([0, 0, 2], [0, 2, 2])
+    every, of_every = train.held_out(train.load_test_set(loaded[0].config), 12)
     (title, images, captions), *shown = rows(visualize.gradients(loaded, count=3), 4)
     assert title == "image" and torch.equal(images, x) and captions == [["blue", "green", "red"][i] for i in labels]
     for (title, tiles, _), each, model in zip(shown, loaded, models, strict=True):
-        assert title == f"{each.style['label']}\nmean norm {metrics(each.path)[-1]['gradient_norm']:.3g}"
+        norm = input_gradient(model, every / 255, of_every).abs().sum() / 12
+        assert title == f"{each.style['label']}\nmean norm {norm:.3g}"
         for tile, image, label in zip(tiles, x, labels):
             g = input_gradient(model, image[None], label[None])[0]
             q = torch.tensor(sorted(g.abs().flatten().tolist())).quantile(0.99)
             torch.testing.assert_close(tile, (0.5 + 0.5 * g / q).clamp(0, 1))
-    earlier = torch.load(runs[1] / "checkpoint.pt", weights_only=True) | {"epoch": 1}
-    torch.save(earlier, runs[1] / "earlier.pt")  # of whose epoch the norm is, not of the last
-    _, (title, *_) = rows(visualize.gradients(drawable([runs[1] / "earlier.pt"]), count=3), 2)
-    assert title.endswith(f"mean norm {metrics(runs[1])[0]['gradient_norm']:.3g}")
     grey = visualize.gradient_tiles(torch.stack([torch.zeros(1, 4, 4), torch.arange(16.0).view(1, 4, 4) - 8]))
     assert (grey[0] == 0.5).all() and grey[1].min() == 0 and grey[1].flatten()[8] == 0.5
     (_, images, _), = rows(visualize.captioned_grid([grey], ["a"], [["b", "c"]]), 1)

@@ -86,7 +86,6 @@ def main():
     tolerate_ascii()
     args, parent = parse_args()
     device = start_process()
-    prefer_speed()
     torch.manual_seed(args.seed)  # the same first weights on every rank
 
     train_set, test_set, loader = load_data(args, pin_memory=device.type == "cuda")
@@ -108,6 +107,10 @@ def main():
     optimizer = build_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay)) if args.ema_decay else None
+    warmup_steps, total_steps = round(args.warmup_epochs * len(loader)), args.epochs * len(loader)
+    if ema and args.ema_decay ** total_steps > 0.01:  # with --init it would look like a method without effect
+        raise ValueError(f"--ema-decay {args.ema_decay}: after {total_steps} steps the first weights would still be "
+                         f"{args.ema_decay ** total_steps:.0%} of the average")
 
     output_dir, first_epoch, metrics = Path(args.output_dir), 0, []
     path = output_dir / "checkpoint.pt"  # which is there only with --resume
@@ -128,7 +131,6 @@ def main():
               f"{WORLD_SIZE} process(es) on {device.type}; {output_dir}, {first_epoch} of {args.epochs} epochs done",
               flush=True)
 
-    warmup_steps, total_steps = round(args.warmup_epochs * len(loader)), args.epochs * len(loader)
     for epoch in range(first_epoch, args.epochs):
         # An epoch's noise is a function of (seed, epoch, rank): a resumed run needs no random state but these.
         torch.manual_seed(int(np.random.SeedSequence([args.seed, epoch, RANK]).generate_state(1)[0]))
@@ -602,11 +604,18 @@ def start_process():
     return device
 
 
+@contextlib.contextmanager
 def prefer_speed():
-    """For training and its benchmark."""
+    """For training and its benchmark. A notebook in which they ran goes on as before."""
     torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it
     torch.backends.cudnn.benchmark = True  # all batches of training have one shape
     gradnorm.CHECK_VALUES = False  # the data fit
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.benchmark = False
+        gradnorm.CHECK_VALUES = True
 
 
 def leave_processes():
@@ -721,6 +730,8 @@ def parse_args():
     args.model = args.model or "convnet"
     if args.pretrained and args.model == "convnet":
         parser.error("--pretrained: convnet has no ImageNet weights; choose another --model")
+    if args.pretrained and args.dataset == "imagenette":
+        parser.error("--pretrained: ImageNet's training images include the test images of --dataset imagenette")
     image_sizes = {"imagenette": 64, "imagefolder": 224}
     if args.image_size and args.dataset not in image_sizes:
         parser.error(f"--image-size: the images of --dataset {args.dataset} have a size of their own")
@@ -733,4 +744,5 @@ def parse_args():
 
 
 if __name__ == "__main__":
-    main()
+    with prefer_speed():
+        main()
