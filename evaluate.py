@@ -4,10 +4,10 @@
     python evaluate.py runs/gradnorm/checkpoint.pt --attack autoattack --eps 4/255 8/255 16/255 --num-images 500
     torchrun --standalone --nproc_per_node=8 evaluate.py ...                   # the images are split over 8 GPUs
 
-Read `autoattack` and `run_attack`, how the attacks take turns on what is left standing; above them are the attacks of
-standard AutoAttack (Croce, Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
-parameter-free attacks", ICML 2020, arXiv 2003.01690), each by itself; the command line can be skipped. A result is
-written beside its checkpoint, as autoattack-500-eps4-8-16.json; the same command resumes an interrupted evaluation.
+Read from the top: `autoattack` and `run_attack`, in which the attacks take turns on what is left standing. Then come
+the attacks of standard AutoAttack (Croce, Hein, "Reliable evaluation of adversarial robustness with an ensemble of
+diverse parameter-free attacks", ICML 2020, arXiv 2003.01690), each by itself; the command line can be skipped. A result
+is written beside its checkpoint, as autoattack-500-eps4-8-16.json; the same command resumes an interrupted evaluation.
 
 Everywhere, `x` holds pixels in [0, 1], (N, C, H, W), `y` class indices (N,), `eps` is in pixels, and `model` is any
 `nn.Module` from pixels to logits (N, classes), in eval mode. At most `batch_size` images go through it at a time. The
@@ -33,239 +33,9 @@ from gradnorm import at_least_float32, check_images, check_targets, fp16_scale, 
 from train import RANK, WORLD_SIZE, misclassified
 
 
-# The attacks. Each returns images (N, C, H, W): misclassified ones where it found them, `x` or anything elsewhere. An
-# image leaves AutoAttack's as soon as it has fallen: `s` holds the state of those that are left, one row per image.
-
-
-def pgd(model, x, y, *, eps, seeds, steps=10, batch_size=256):
-    """The last step of PGD from a random start (Madry et al., ICLR 2018)."""
-    start = x + eps * (2 * uniform(seeds, x.shape[1:]).to(x) - 1)
-    batches = zip(*(t.split(batch_size) for t in (x, y, start)))
-    moved = torch.cat([pgd_attack(model, x, y, eps=eps, steps=steps, start=start) for x, y, start in batches])
-    return moved.clamp(*ball(x, eps))
-
-
-@torch.no_grad()
-def apgd(model, x, y, *, eps, seeds, target=None, steps=100, rho=0.75, batch_size=256):
-    """Auto-PGD (Croce, Hein, ICML 2020, Algorithm 1): PGD with momentum, and a step size that halves where the loss no
-    longer grows. Ascends the cross-entropy, or, with `target` classes (N,), the targeted DLR loss."""
-    found = x.clone()
-    lowest, highest = ball(x, eps)
-    noise = 2 * uniform(seeds, x.shape[1:]).to(x) - 1
-    noise /= noise.abs().amax((1, 2, 3), keepdim=True)
-    s = SimpleNamespace(row=torch.arange(len(x), device=x.device), y=y, target=y if target is None else target,
-                        lowest=lowest, highest=highest, x=(x + eps * noise).clamp(lowest, highest),
-                        step=torch.full_like(x[:, :1, :1, :1], 2 * eps), halved=torch.ones_like(y, dtype=torch.bool))
-    s.previous = s.x
-    checkpoints, last = apgd_checkpoints(steps), 0
-    for k in range(steps + 1):
-        if k > 0:
-            ahead = (s.x + s.step * s.gradient.sign()).clamp(s.lowest, s.highest)
-            if k > 1:
-                ahead = s.x + 0.75 * (ahead - s.x) + 0.25 * (s.x - s.previous)
-            s.previous, s.x = s.x, ahead.clamp(s.lowest, s.highest)
-        logits, loss, gradient = ascent(model, cross_entropy if target is None else targeted_dlr, batch_size,
-                                        s.x, s.y, s.target)
-        if k == 0:
-            s.best_loss = s.best_at_checkpoint = s.loss = loss
-            s.best_x, s.best_gradient, s.grown = s.x, gradient, torch.zeros_like(loss)
-        better = loss > s.best_loss
-        s.best_x, s.best_gradient = pick(better, s.x, s.best_x), pick(better, gradient, s.best_gradient)
-        s.best_loss = torch.where(better, loss, s.best_loss)
-        s.gradient, s.grown, s.loss = gradient, s.grown + (loss > s.loss), loss
-
-        wrong = misclassified(logits, s.y)
-        if wrong.any():
-            found[s.row[wrong]] = s.x[wrong]
-            keep(s, ~wrong)
-        if not len(s.row):
-            break
-        if k in checkpoints:
-            # Conditions 1 and 2 of the paper: the loss grew in too few steps, or the best stayed without a halving.
-            s.halved = (s.grown <= rho * (k - last)) | ~s.halved & (s.best_loss == s.best_at_checkpoint)
-            s.step = pick(s.halved, s.step / 2, s.step)
-            s.x, s.gradient = pick(s.halved, s.best_x, s.x), pick(s.halved, s.best_gradient, s.gradient)
-            s.best_at_checkpoint, s.grown, last = s.best_loss, torch.zeros_like(s.grown), k
-    return found
-
-
-def apgd_checkpoints(steps):
-    """The steps after which Auto-PGD may halve its step size: 22, 41, 57, 70, 80, 87, 93, 99 of 100."""
-    checkpoints, window = [], max(int(0.22 * steps), 1)
-    while sum(checkpoints[-1:]) + window <= steps:
-        checkpoints.append(sum(checkpoints[-1:]) + window)
-        window = max(window - max(int(0.03 * steps), 1), int(0.06 * steps), 1)
-    return checkpoints
-
-
-def cross_entropy(logits, y, _):
-    return F.cross_entropy(logits, y, reduction="none")
-
-
-def targeted_dlr(logits, y, target):
-    """Targeted difference-of-logits-ratio loss, (N,): invariant to shifting and scaling the logits, unlike
-    cross-entropy. Its denominator takes four classes; of three it is the untargeted loss's, and two have no scale."""
-    z = logits.sort(dim=1, descending=True).values
-    scale = z[:, 0] - z[:, 2:4].mean(1) if z.shape[1] > 2 else 1
-    return difference(logits, y, target) / (scale + 1e-12)
-
-
-def difference(logits, y, target):
-    return at(logits, target) - at(logits, y)
-
-
-@torch.no_grad()
-def fab(model, x, y, *, eps, target, steps=100, alpha_max=0.1, eta=1.05, beta=0.9, batch_size=256):
-    """Targeted FAB (Croce, Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack", ICML
-    2020, Algorithm 1): the smallest perturbation, of any size, across the boundary to the class `target` (N,). An image
-    leaves the attack once it is misclassified within ε."""
-    found, distance = x.clone(), torch.full((len(x),), math.inf, dtype=torch.double, device=x.device)
-    s = SimpleNamespace(row=torch.arange(len(x), device=x.device), x=x, original=x, y=y, target=target)
-    for _ in range(steps):
-        _, gap, normal = ascent(model, difference, batch_size, s.x, s.y, s.target)
-        # The boundary, linearised at s.x, is normal · (p - s.x) + gap = 0. Both points are projected onto it.
-        gap_original = gap - (normal * (s.x - s.original)).flatten(1).sum(1)
-        d, d_original = project(torch.cat([s.x, s.original]), torch.cat([normal, normal]),
-                                -torch.cat([gap, gap_original])).chunk(2)
-        size, size_original = (v.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-8) for v in (d, d_original))
-        alpha = (size / (size + size_original)).clamp(max=alpha_max)
-        s.x = ((1 - alpha) * (s.x + eta * d) + alpha * (s.original + eta * d_original)).clamp(0, 1)
-
-        wrong = misclassified(predict(model, s.x, batch_size), s.y)
-        far = linf(s.x, s.original)
-        closer = wrong & (far < distance[s.row])
-        found[s.row[closer]], distance[s.row[closer]] = s.x[closer], far[closer]
-        s.x = pick(wrong, s.original + beta * (s.x - s.original), s.x)  # back, to look for a closer crossing
-        left = distance[s.row] > eps
-        if not left.all():
-            keep(s, left)
-        if not len(s.row):
-            break
-    return found
-
-
-def project(x, normal, height):
-    """The d (N, C, H, W) of smallest ‖d‖∞ with normal · d = height (N,) and x + d in [0, 1]; where there is none, the
-    one that goes as far as the box allows.
-
-    Every pixel moves by λ, or by its room to the wall: height = Σ |normalᵢ| min(λ, roomᵢ), which is concave in λ. So
-    Newton's method from 0 rises to the solution, in at most as many steps as it passes walls, and without sorting them.
-    """
-    direction = normal.sign() * height.sign()[:, None, None, None]
-    room = torch.where(direction > 0, 1 - x, x).flatten(1)
-    weight, height = normal.abs().flatten(1), height.abs()[:, None]
-    size = torch.zeros_like(height)
-    for step in range(100):
-        slope = (weight * (room > size)).sum(1, keepdim=True)
-        rest = height - (weight * torch.minimum(room, size)).sum(1, keepdim=True)
-        larger = size + torch.where(slope > 0, rest / slope, 0).clamp(min=0)
-        if step % 5 == 4 and (larger == size).all():  # to ask makes a GPU wait
-            break
-        size = larger
-    return direction * torch.minimum(room, size).view_as(x)
-
-
-@torch.no_grad()
-def square(model, x, y, *, eps, seeds, queries=5000, p=0.8, batch_size=256):
-    """Square Attack (Andriushchenko et al., ECCV 2020, Algorithms 1 and 2): random search, without gradients, that sets
-    squares of ever smaller size to x ± ε and keeps what lowers the margin between the true and the next class."""
-    found, (n, channels, height, width) = x.clone(), x.shape
-    lowest, highest = ball(x, eps)
-    # An image's numbers: the signs of the first stripes; then, of each query, its row, column and channels' signs.
-    numbers = uniform(seeds, (channels * width + queries * (2 + channels),)).to(x)
-    stripes = numbers[:, :channels * width].reshape(n, channels, 1, width) < 0.5
-    s = SimpleNamespace(row=torch.arange(n, device=x.device), y=y, lowest=lowest, highest=highest,
-                        numbers=numbers[:, channels * width:].reshape(n, queries, 2 + channels),
-                        x=torch.where(stripes, highest, lowest))
-    s.margin = margin(predict(model, s.x, batch_size), y)
-    channel = torch.arange(channels, device=x.device)[:, None, None]
-    for query in range(queries + 1):
-        wrong = s.margin == -math.inf
-        if wrong.any():
-            found[s.row[wrong]] = s.x[wrong]
-            keep(s, ~wrong)
-        if not len(s.row) or query == queries:
-            break
-        halvings = sum(query > k for k in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))  # the published schedule
-        side = min(max(round(math.sqrt(p / 2**halvings * height * width)), 1), height, width)
-        offset = torch.arange(side, device=x.device)
-        top, left = ((s.numbers[:, query, i] * (room - side + 1)).long() for i, room in enumerate((height, width)))
-        up = s.numbers[:, query, 2:, None, None] < 0.5
-        image = torch.arange(len(up), device=x.device)
-        window = (image[:, None, None, None], channel, (top[:, None] + offset)[:, None, :, None],
-                  (left[:, None] + offset)[:, None, None, :])
-        proposal = s.x.clone()
-        proposal[window] = torch.where(up, s.highest[window], s.lowest[window])
-        proposed = margin(predict(model, proposal, batch_size), s.y)
-        s.x, s.margin = pick(proposed < s.margin, proposal, s.x), torch.minimum(proposed, s.margin)
-    return found
-
-
-def margin(logits, y):
-    """True class's logit minus the highest other, (N,); -inf where misclassified, which a tie can be."""
-    difference = at(logits, y) - logits.scatter(1, y[:, None], -math.inf).amax(1)
-    return torch.where(misclassified(logits, y), -math.inf, difference)
-
-
-def ascent(model, objective, batch_size, x, y, target):
-    """Logits (N, classes), `objective` of them (N,), and the gradient of each with respect to its own image."""
-    parts = []
-    for x, y, target in zip(*(t.split(batch_size) for t in (x, y, target))):
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            logits = at_least_float32(model(x))
-            value = objective(logits, y, target)
-            gradient, = torch.autograd.grad(value.sum(), x)
-        parts.append((logits.detach(), value.detach(), gradient))
-    return (torch.cat(part) for part in zip(*parts))
-
-
-@torch.no_grad()
-def predict(model, x, batch_size):
-    """Logits (N, classes)."""
-    return torch.cat([at_least_float32(model(part)) for part in x.split(batch_size)])
-
-
-def ball(x, eps):
-    """The lowest and the highest image within ε of `x` and within [0, 1], in exact arithmetic: where x ± ε is rounded
-    out of the ball, the next number inside."""
-    lowest, highest = (x.double() - eps).clamp(min=0).to(x), (x.double() + eps).clamp(max=1).to(x)
-    return (torch.where(x.double() - lowest.double() > eps, lowest.nextafter(x), lowest),
-            torch.where(highest.double() - x.double() > eps, highest.nextafter(x), highest))
-
-
-def linf(a, b):
-    """‖a - b‖∞ of each pair of images, (N,), without rounding."""
-    return (a.double() - b.double()).abs().flatten(1).amax(1)
-
-
-def uniform(seeds, shape):
-    """Random numbers in [0, 1), (N, *shape), those of each image from its own seeds."""
-    return torch.from_numpy(np.stack([np.random.default_rng(seed).random(shape, np.float32)
-                                      for seed in seeds.tolist()]))
-
-
-def at(logits, classes):
-    return logits.gather(1, classes[:, None])[:, 0]
-
-
-def pick(condition, a, b):
-    """Images of `a` where the condition (N,) holds, of `b` elsewhere."""
-    return torch.where(condition[:, None, None, None], a, b)
-
-
-def keep(s, rows):
-    for name, value in vars(s).items():
-        setattr(s, name, value[rows])
-
-
 # The evaluation: the attacks take turns on what is left standing. A turn is (attack, ε, number of its start or target).
 # `radius` (N,), float64, is ‖adversarial - x‖∞ of the closest proved adversarial image: 0 where `x` itself is
 # misclassified, inf where none is known.
-
-
-ATTACKS = {"PGD": (pgd, ["seeds"]), "APGD-CE": (apgd, ["seeds"]), "APGD-T": (apgd, ["seeds", "target"]),
-           "FAB-T": (fab, ["target"]), "Square": (square, ["seeds"])}
 
 
 def autoattack(model, x, y, *, eps, batch_size=256):
@@ -393,6 +163,244 @@ def warn(lines, prefix=""):
         warnings.warn_explicit(prefix + line, UserWarning, __file__, 0)
 
 
+# The attacks. Each returns images (N, C, H, W): misclassified ones where it found them, `x` or anything elsewhere. In
+# those of AutoAttack an image drops out once it is misclassified; `s` holds the state of the others, one row per image.
+
+
+def pgd(model, x, y, *, eps, seeds, steps=10, batch_size=256):
+    """The last step of PGD from a random start (Madry et al., ICLR 2018)."""
+    start = x + eps * (2 * uniform(seeds, x.shape[1:]).to(x) - 1)
+    batches = zip(*(t.split(batch_size) for t in (x, y, start)))
+    moved = torch.cat([pgd_attack(model, x, y, eps=eps, steps=steps, start=start) for x, y, start in batches])
+    return moved.clamp(*ball(x, eps))
+
+
+@torch.no_grad()
+def apgd(model, x, y, *, eps, seeds, target=None, steps=100, rho=0.75, batch_size=256):
+    """Auto-PGD (Croce, Hein, ICML 2020, Algorithm 1): PGD with momentum, and a step size η that halves where the loss
+    no longer grows. Ascends the cross-entropy, or, with `target` classes (N,), the targeted DLR loss.
+
+        z = P(x_k + η · sign ∇)        x_{k+1} = P(x_k + 0.75 (z - x_k) + 0.25 (x_k - x_{k-1}))
+
+    P clips to the ball and the box; the first step is z alone."""
+    found = x.clone()
+    lowest, highest = ball(x, eps)
+    noise = 2 * uniform(seeds, x.shape[1:]).to(x) - 1
+    noise /= noise.abs().amax((1, 2, 3), keepdim=True)
+    s = SimpleNamespace(row=torch.arange(len(x), device=x.device), y=y, target=y if target is None else target,
+                        lowest=lowest, highest=highest, x=(x + eps * noise).clamp(lowest, highest),
+                        step=torch.full_like(x[:, :1, :1, :1], 2 * eps), halved=torch.ones_like(y, dtype=torch.bool))
+    s.previous = s.x
+    checkpoints, last = apgd_checkpoints(steps), 0
+    for k in range(steps + 1):
+        if k > 0:
+            ahead = (s.x + s.step * s.gradient.sign()).clamp(s.lowest, s.highest)
+            if k > 1:
+                ahead = s.x + 0.75 * (ahead - s.x) + 0.25 * (s.x - s.previous)
+            s.previous, s.x = s.x, ahead.clamp(s.lowest, s.highest)
+        logits, loss, gradient = ascent(model, cross_entropy if target is None else targeted_dlr, batch_size,
+                                        s.x, s.y, s.target)
+        if k == 0:
+            s.best_loss = s.best_at_checkpoint = s.loss = loss
+            s.best_x, s.best_gradient, s.grown = s.x, gradient, torch.zeros_like(loss)
+        better = loss > s.best_loss
+        s.best_x, s.best_gradient = pick(better, s.x, s.best_x), pick(better, gradient, s.best_gradient)
+        s.best_loss = torch.where(better, loss, s.best_loss)
+        s.gradient, s.grown, s.loss = gradient, s.grown + (loss > s.loss), loss
+
+        wrong = misclassified(logits, s.y)
+        if wrong.any():
+            found[s.row[wrong]] = s.x[wrong]
+            keep(s, ~wrong)
+        if not len(s.row):
+            break
+        if k in checkpoints:
+            # Conditions 1 and 2 of the paper: the loss grew in too few steps, or the best stayed without a halving.
+            s.halved = (s.grown <= rho * (k - last)) | ~s.halved & (s.best_loss == s.best_at_checkpoint)
+            s.step = pick(s.halved, s.step / 2, s.step)
+            s.x, s.gradient = pick(s.halved, s.best_x, s.x), pick(s.halved, s.best_gradient, s.gradient)
+            s.best_at_checkpoint, s.grown, last = s.best_loss, torch.zeros_like(s.grown), k
+    return found
+
+
+def apgd_checkpoints(steps):
+    """The steps after which Auto-PGD may halve its step size: 22, 41, 57, 70, 80, 87, 93, 99 of 100."""
+    checkpoints, last, window = [], 0, max(int(0.22 * steps), 1)
+    while last + window <= steps:
+        last += window
+        checkpoints.append(last)
+        window = max(window - max(int(0.03 * steps), 1), int(0.06 * steps), 1)
+    return checkpoints
+
+
+def cross_entropy(logits, y, _):
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def targeted_dlr(logits, y, target):
+    """Targeted difference-of-logits-ratio loss, (N,): invariant to shifting and scaling the logits, unlike
+    cross-entropy. The denominator needs four classes. With three it is that of the untargeted loss; with two there is
+    none, and the loss is the plain difference."""
+    z = logits.sort(dim=1, descending=True).values
+    scale = z[:, 0] - z[:, 2:4].mean(1) if z.shape[1] > 2 else 1
+    return difference(logits, y, target) / (scale + 1e-12)
+
+
+def difference(logits, y, target):
+    return at(logits, target) - at(logits, y)
+
+
+@torch.no_grad()
+def fab(model, x, y, *, eps, target, steps=100, alpha_max=0.1, eta=1.05, beta=0.9, batch_size=256):
+    """Targeted FAB (Croce, Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack", ICML
+    2020, Algorithm 1): the smallest perturbation, of any size, across the boundary to the class `target` (N,). An image
+    leaves the attack once it is misclassified within ε."""
+    found, distance = x.clone(), torch.full((len(x),), math.inf, dtype=torch.double, device=x.device)
+    s = SimpleNamespace(row=torch.arange(len(x), device=x.device), x=x, original=x, y=y, target=target)
+    for _ in range(steps):
+        _, gap, normal = ascent(model, difference, batch_size, s.x, s.y, s.target)
+        # The boundary, linearised at s.x, is normal · (p - s.x) + gap = 0. Both points are projected onto it.
+        gap_original = gap - (normal * (s.x - s.original)).flatten(1).sum(1)
+        d, d_original = project(torch.cat([s.x, s.original]), torch.cat([normal, normal]),
+                                -torch.cat([gap, gap_original])).chunk(2)
+        size, size_original = (v.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-8) for v in (d, d_original))
+        alpha = (size / (size + size_original)).clamp(max=alpha_max)
+        s.x = ((1 - alpha) * (s.x + eta * d) + alpha * (s.original + eta * d_original)).clamp(0, 1)
+
+        wrong = misclassified(predict(model, s.x, batch_size), s.y)
+        far = linf(s.x, s.original)
+        closer = wrong & (far < distance[s.row])
+        found[s.row[closer]] = s.x[closer]
+        distance[s.row[closer]] = far[closer]
+        s.x = pick(wrong, s.original + beta * (s.x - s.original), s.x)  # back, to look for a closer crossing
+        left = distance[s.row] > eps
+        if not left.all():
+            keep(s, left)
+        if not len(s.row):
+            break
+    return found
+
+
+def project(x, normal, height):
+    """The d (N, C, H, W) of smallest ‖d‖∞ with normal · d = height (N,) and x + d in [0, 1]; where there is none, the
+    one that goes as far as the box allows.
+
+    Every pixel moves by λ, or by its room to the wall: height = Σ |normalᵢ| min(λ, roomᵢ), which is concave in λ. So
+    Newton's method from 0 rises to the solution, in at most as many steps as it passes walls, and without sorting them.
+    """
+    direction = normal.sign() * height.sign()[:, None, None, None]
+    room = torch.where(direction > 0, 1 - x, x).flatten(1)
+    weight, height = normal.abs().flatten(1), height.abs()[:, None]
+    size = torch.zeros_like(height)
+    for step in range(100):
+        slope = (weight * (room > size)).sum(1, keepdim=True)
+        rest = height - (weight * torch.minimum(room, size)).sum(1, keepdim=True)
+        larger = size + torch.where(slope > 0, rest / slope, 0).clamp(min=0)
+        if step % 5 == 4 and (larger == size).all():  # not in each step: the CPU waits for a GPU's answer
+            break
+        size = larger
+    return direction * torch.minimum(room, size).view_as(x)
+
+
+@torch.no_grad()
+def square(model, x, y, *, eps, seeds, queries=5000, p=0.8, batch_size=256):
+    """Square Attack (Andriushchenko et al., ECCV 2020, Algorithms 1 and 2): random search, without gradients, that sets
+    squares of ever smaller size to x ± ε and keeps what lowers the margin between the true and the next class."""
+    found, (n, channels, height, width) = x.clone(), x.shape
+    lowest, highest = ball(x, eps)
+    # An image's numbers: the signs of the first stripes; then, of each query, its row, column and channels' signs.
+    numbers = uniform(seeds, (channels * width + queries * (2 + channels),)).to(x)
+    stripes = numbers[:, :channels * width].reshape(n, channels, 1, width) < 0.5
+    s = SimpleNamespace(row=torch.arange(n, device=x.device), y=y, lowest=lowest, highest=highest,
+                        numbers=numbers[:, channels * width:].reshape(n, queries, 2 + channels),
+                        x=torch.where(stripes, highest, lowest))
+    s.margin = margin(predict(model, s.x, batch_size), y)
+    channel = torch.arange(channels, device=x.device)[:, None, None]
+    for query in range(queries + 1):
+        wrong = s.margin == -math.inf
+        if wrong.any():
+            found[s.row[wrong]] = s.x[wrong]
+            keep(s, ~wrong)
+        if not len(s.row) or query == queries:
+            break
+        halvings = sum(query > k for k in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))  # the published schedule
+        side = min(max(round(math.sqrt(p / 2**halvings * height * width)), 1), height, width)
+        offset = torch.arange(side, device=x.device)
+        top, left = ((s.numbers[:, query, i] * (room - side + 1)).long() for i, room in enumerate((height, width)))
+        up = s.numbers[:, query, 2:, None, None] < 0.5
+        image = torch.arange(len(up), device=x.device)
+        window = (image[:, None, None, None], channel, (top[:, None] + offset)[:, None, :, None],
+                  (left[:, None] + offset)[:, None, None, :])
+        proposal = s.x.clone()
+        proposal[window] = torch.where(up, s.highest[window], s.lowest[window])
+        proposed = margin(predict(model, proposal, batch_size), s.y)
+        s.x, s.margin = pick(proposed < s.margin, proposal, s.x), torch.minimum(proposed, s.margin)
+    return found
+
+
+def margin(logits, y):
+    """True class's logit minus the highest other, (N,); -inf where misclassified, which a tie can be."""
+    others = logits.scatter(1, y[:, None], -math.inf).amax(1)
+    return torch.where(misclassified(logits, y), -math.inf, at(logits, y) - others)
+
+
+def ascent(model, objective, batch_size, x, y, target):
+    """Logits (N, classes), `objective` of them (N,), and the gradient of each with respect to its own image."""
+    parts = []
+    for x, y, target in zip(*(t.split(batch_size) for t in (x, y, target))):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            logits = at_least_float32(model(x))
+            value = objective(logits, y, target)
+            gradient, = torch.autograd.grad(value.sum(), x)
+        parts.append((logits.detach(), value.detach(), gradient))
+    return (torch.cat(part) for part in zip(*parts))
+
+
+@torch.no_grad()
+def predict(model, x, batch_size):
+    """Logits (N, classes)."""
+    return torch.cat([at_least_float32(model(part)) for part in x.split(batch_size)])
+
+
+def ball(x, eps):
+    """The lowest and the highest image within ε of `x` and within [0, 1], in exact arithmetic: where x ± ε is rounded
+    out of the ball, the next number inside."""
+    lowest, highest = (x.double() - eps).clamp(min=0).to(x), (x.double() + eps).clamp(max=1).to(x)
+    return (torch.where(x.double() - lowest.double() > eps, lowest.nextafter(x), lowest),
+            torch.where(highest.double() - x.double() > eps, highest.nextafter(x), highest))
+
+
+def linf(a, b):
+    """‖a - b‖∞ of each pair of images, (N,), without rounding."""
+    return (a.double() - b.double()).abs().flatten(1).amax(1)
+
+
+def uniform(seeds, shape):
+    """Random numbers in [0, 1), (N, *shape), those of each image from its own seeds."""
+    return torch.from_numpy(np.stack([np.random.default_rng(seed).random(shape, np.float32)
+                                      for seed in seeds.tolist()]))
+
+
+def at(logits, classes):
+    return logits.gather(1, classes[:, None])[:, 0]
+
+
+def pick(condition, a, b):
+    """Images of `a` where the condition (N,) holds, of `b` elsewhere."""
+    return torch.where(condition[:, None, None, None], a, b)
+
+
+def keep(s, rows):
+    for name, value in vars(s).items():
+        setattr(s, name, value[rows])
+
+
+# The attacks by name, with what they take beside images, classes and ε.
+ATTACKS = {"PGD": (pgd, ["seeds"]), "APGD-CE": (apgd, ["seeds"]), "APGD-T": (apgd, ["seeds", "target"]),
+           "FAB-T": (fab, ["target"]), "Square": (square, ["seeds"])}
+
+
 # Command line
 
 
@@ -416,7 +424,7 @@ def evaluate_checkpoint(path, args, device):
     model, config = train.load_checkpoint(path, device)
     if train.file_sha256(path) != sha256:
         raise ValueError(f"{path} was replaced while it was read: a training that goes on?")
-    with train.rank_zero_first():
+    with train.first_on_each_machine():
         test_set = train.load_test_set(config, args.data_dir)
     if args.num_images > len(test_set):
         raise ValueError(f"--num-images {args.num_images}: there are {len(test_set)} held-out images")
@@ -484,7 +492,7 @@ def result_path(path, args):
 
 def write_json(path, value):
     if RANK == 0:
-        with train.replace(path) as file:
+        with train.atomic_write(path) as file:
             file.write(json.dumps(value, indent=1).encode() + b"\n")  # in ASCII: a name may be no UTF-8
 
 
@@ -525,7 +533,7 @@ def parse_args():
     add("--batch-size", default=256, type=int, metavar="N", help="images per process and forward pass")
     add("--data-dir", metavar="DIR", help="where the data are, if not where they were trained from")
     args = parser.parse_args()
-    if args.attack != "pgd":  # which alone has them: with others, an interrupted evaluation would begin anew
+    if args.attack != "pgd":  # only PGD has them: a changed --steps must not begin another attack anew
         args.steps, args.restarts = parser.get_default("steps"), parser.get_default("restarts")
     if args.attack == "clean":
         args.eps, args.sweep = [], None
@@ -533,9 +541,16 @@ def parse_args():
         args.eps = [k / 255 for k in range(args.sweep + 1)]
     elif args.eps is None:
         args.eps = [1 / 255, 2 / 255, 4 / 255]
-    args.name = {"clean": "clean", "pgd": f"PGD-{args.steps}" + f"x{args.restarts}" * (args.restarts > 1),
-                 "autoattack": "AutoAttack"}[args.attack]
+    args.name = attack_name(vars(args))
     return args
+
+
+def attack_name(settings):
+    """As tables and pictures have it: PGD-20, PGD-100x3 with three restarts, AutoAttack."""
+    if settings["attack"] != "pgd":
+        return {"clean": "clean", "autoattack": "AutoAttack"}[settings["attack"]]
+    restarts = settings["restarts"]
+    return f"PGD-{settings['steps']}" + (f"x{restarts}" if restarts > 1 else "")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch.func import functional_call, grad_and_value
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# To look at the values of x and y makes a GPU wait. A training loop that knows its data may set this to False.
+# To check the values of x and y, the CPU must wait for the GPU. A training loop that knows its data may set this to
+# False.
 CHECK_VALUES = True
 
 
@@ -91,9 +92,9 @@ def gradnorm_loss_finite_difference(model, x, y, *, lambda_ce=0.8, lambda_gn=1.2
 
 
 class KnownGradient(torch.autograd.Function):
-    """A number whose gradients by `parameters` are known: its backward need not go through the model again. Here it is
-    the sum of the losses, whose gradients came with ∇x L. `parameters` are arguments only so that autograd sends them
-    `gradients`, times `upstream`, which is the weight of L(x), divided by N."""
+    """A number whose gradients by `parameters` are already known, so that its backward need not go through the model
+    again: here the sum of the losses. `parameters` are arguments only so that autograd asks for their gradients;
+    `upstream` is the derivative of the final loss by this number."""
 
     @staticmethod
     def forward(ctx, value, gradients, *parameters):
@@ -132,7 +133,8 @@ def pgd_attack(model, x, y, *, eps=4 / 255, step_size=None, steps=10, random_sta
     elif may_look() and not 0 <= step_size <= 1:
         raise ValueError(f"step_size is in pixels of [0, 1], such as 1/255, not {step_size}")
     # The ball's walls would be rounded in bfloat16. The model gets images of the type that it was given.
-    dtype, x = x.dtype, at_least_float32(x.detach()).clamp(0, 1)
+    dtype = x.dtype
+    x = at_least_float32(x.detach()).clamp(0, 1)
     lowest, highest = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
     if start is None:
         start = x + torch.empty_like(x).uniform_(-eps, eps) if random_start else x
@@ -147,8 +149,8 @@ def pgd_attack(model, x, y, *, eps=4 / 255, step_size=None, steps=10, random_sta
 
 
 def losses_and_gradients(model, x, y, parameters=None, create_graph=False):
-    """Losses (N,), the gradient of each by its own image (N, C, H, W), and, of their sum, the gradient by each of the
-    named `parameters`.
+    """The losses (N,), the gradient of each by its own image (N, C, H, W), and then, for each of the named
+    `parameters`, the gradient of the sum of the losses.
 
     The sum makes row i of ∇x the gradient of example i's own loss; a mean would divide it by N. The gradients carry a
     graph only with `create_graph`. Without `parameters`, only the passes that ∇x needs are run.
@@ -156,9 +158,13 @@ def losses_and_gradients(model, x, y, parameters=None, create_graph=False):
     parameters = parameters or {}
     if torch.compiler.is_compiling():
         return traceable_losses_and_gradients(model, x, y, parameters, create_graph)
+    if x.grad_fn is not None:  # which detach cuts: what has computed x would never be trained
+        raise ValueError("x has a graph, through which no gradient would go: make what computes x a part of the model, "
+                         "or detach x")
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        losses, inputs, scale = cross_entropies(model, x, y), [x, *parameters.values()], fp16_scale(x)
+        losses = cross_entropies(model, x, y)
+        inputs, scale = [x, *parameters.values()], fp16_scale(x)
         with torch.autocast(x.device.type, enabled=False):  # which would cast the backward operations once more
             gradients = torch.autograd.grad(scale * losses.sum(), inputs, create_graph=create_graph, allow_unused=True)
     if gradients[0] is None:  # taken for zero, it would look like robustness
@@ -190,6 +196,8 @@ def cross_entropies(model, x, y):
 
 def per_channel(sigma, x):
     """`sigma`, a number or one per channel, in a shape that divides images."""
+    if isinstance(sigma, (int, float)):  # as a tensor it would be copied to the GPU, for which the CPU waits
+        return sigma
     return torch.as_tensor(sigma, dtype=x.dtype, device=x.device).view(-1, 1, 1)
 
 
@@ -235,9 +243,6 @@ def check_images(x, eps=0.0, sigma=1.0, pixels=False):
     # Three divisors would make the norm of a grey image three times as large.
     if sigma.numel() not in (1, x.shape[1]) or may_look() and not ((0 < sigma) & (sigma <= 1)).all():
         raise ValueError(f"sigma is in pixels of [0, 1], one number or one per channel, not {sigma.tolist()}")
-    if may_look() and x.grad_fn is not None and not pixels:  # what has computed x would never be trained
-        raise ValueError("x has a graph, through which no gradient would go: make what computes x a part of the model, "
-                         "or detach x")
     outside = max(-x.min().item(), x.max().item() - 1) if pixels and may_look() else 0.0
     if not outside <= 1e-6:  # more than a resized image's rounding; or nan
         raise ValueError(f"x must hold pixels in [0, 1], and is outside by {outside:.2g}: put the normalisation into "

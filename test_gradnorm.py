@@ -897,12 +897,12 @@ def test_killed_and_resumed_equals_undisturbed(folder, tmp_path, on_cpu):
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(b"old")
-    with pytest.raises(RuntimeError), train.replace(path) as file:
+    with pytest.raises(RuntimeError), train.atomic_write(path) as file:
         file.write(b"half of the n")
         raise RuntimeError
     assert path.read_bytes() == b"old" and [*tmp_path.iterdir()] == [path]  # a full disk gets its room back
     with open(path, "rb") as reader:
-        with train.replace(path) as file:
+        with train.atomic_write(path) as file:
             file.write(b"new")
         assert reader.read() == b"old"  # the old file is left as it was, to whoever has it open
     assert path.read_bytes() == b"new"
@@ -1184,7 +1184,7 @@ def test_image_folders_are_cropped_as_for_torchvisions_weights(folder, out):
     normalise = train.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     whole = v2.functional.pil_to_tensor(train.read_image(test_set.samples[0][0]))
     expected = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.transforms()(whole)
-    torch.testing.assert_close(normalise(test_set[0][0] / 255), expected)
+    torch.testing.assert_close(normalise(test_set[0][0] / 255), expected, rtol=0, atol=1.01 / 255 / 0.224)  # a byte's step
 
 
 def test_images_are_normalised_as_the_weights_expect(monkeypatch):
@@ -1269,7 +1269,7 @@ def test_a_run_is_never_overwritten_nor_resumed_by_another(folder, out, tmp_path
         assert mistake(*flags, "--resume", *changed).startswith("--resume: ")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "WORLD_SIZE", 2)
-        patch.setattr(train, "rank_zero_first", contextlib.nullcontext)
+        patch.setattr(train, "first_on_each_machine", contextlib.nullcontext)
         patch.setattr(train, "from_rank_zero", lambda read: read())
         patch.setattr(train, "DistributedDataParallel", lambda objective, device_ids: objective)
         assert "world_size is 2, it was 1" in mistake(*flags, "--resume")

@@ -141,7 +141,8 @@ def main():
         losses, start = [], time.perf_counter()
         bar = tqdm(loader, leave=False, desc=f"epoch {epoch + 1}/{args.epochs}", disable=NO_BAR)
         for step, (x, y) in enumerate(bar, start=epoch * len(loader)):
-            x, y = x.to(device, non_blocking=True).float() / 255, y.to(device, non_blocking=True)
+            x = x.to(device, non_blocking=True).float() / 255
+            y = y.to(device, non_blocking=True)
             if args.augment == "strong":  # the paper's mixup or cutmix, and label smoothing: targets turn soft
                 x, y = mix(x, y)
                 y = 0.9 * y + 0.1 / classes
@@ -165,15 +166,15 @@ def main():
             stop_if_not_finite(total_norm, loss, scaler, f"epoch {epoch + 1}, step {step + 1} of {total_steps}")
         seconds = time.perf_counter() - start
 
-        loss = mean_over_ranks(torch.stack(losses).nanmean())  # the loss of a step that fp16 skipped may be nan
+        mean_loss = mean_over_ranks(torch.stack(losses).nanmean())  # the loss of a step that fp16 skipped may be nan
         if RANK == 0:  # the others wait for it in their next step
             kept = ema.module if ema else model  # what load_checkpoint will give
-            metrics.append({"epoch": epoch + 1, "loss": loss, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
-                            **validate(kept, images, labels, args.eps, args.batch_size, device)})
+            metrics.append({"epoch": epoch + 1, "loss": mean_loss, "lr": optimizer.param_groups[0]["lr"],
+                            "seconds": seconds, **validate(kept, images, labels, args.eps, args.batch_size, device)})
             save_gradients(output_dir / f"gradients/{epoch + 1:04d}.pt", kept, images[:4], labels[:4], device)
-            with replace(output_dir / "metrics.jsonl") as file:
+            with atomic_write(output_dir / "metrics.jsonl") as file:
                 file.writelines(json.dumps(line).encode() + b"\n" for line in metrics)
-            with replace(path) as file:  # the last: after a kill before it, the epoch is repeated
+            with atomic_write(path) as file:  # the last: after a kill before it, the epoch is repeated
                 torch.save({"model": model.state_dict(), "ema": ema.state_dict() if ema else None,
                             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                             "epoch": epoch + 1, "metrics": metrics, "config": config}, file)
@@ -220,7 +221,7 @@ def validate(model, images, labels, eps, batch_size, device):
 def save_gradients(path, model, images, labels, device):
     """Images (N, C, H, W) uint8, their labels, and ∇x L of each."""
     gradients = input_gradient(model, images.to(device).float() / 255, labels.to(device)).bfloat16().cpu()
-    with replace(path) as file:  # of a view, all that is behind it would be saved
+    with atomic_write(path) as file:  # clones, since all images behind a view would be saved with it
         torch.save({"images": images.clone(), "labels": labels.clone(), "gradients": gradients}, file)
 
 
@@ -350,7 +351,7 @@ def first_model(args, parent, image, classes):
 def load_data(args, pin_memory):
     """The training set, the held-out set, and this rank's batches of the former, shuffled anew by `sampler.set_epoch`:
     images (N, C, H, W) uint8 and targets (N,)."""
-    with rank_zero_first():  # which may download
+    with first_on_each_machine():  # which may download
         train_set, test_set = load_dataset(args, "train"), load_dataset(args, "test")
     classes = train_set.classes
     if len(classes) < 2:  # of which any network is right on all images
@@ -418,7 +419,7 @@ def read_images(args, folder, train_part):
         side = args.image_size * 9 // 8
         decode = v2.Compose([v2.PILToTensor(), v2.Resize(side), v2.CenterCrop(side)])
         part, place = "train" if train_part else "val", folder / "imagenette2-160"
-        data = torchvision.datasets.Imagenette(folder, part, "160px", download=not place.exists(), transform=decode)
+        data = torchvision.datasets.Imagenette(folder, part, "160px", download=True, transform=decode)  # if not there
         found, whole = (len(data), len(data.classes)), IMAGENETTE[part]
         if found != whole:
             raise ValueError(f"{place} has {found[0]} images of {found[1]} classes in {part}/, not {whole[0]} of "
@@ -532,12 +533,13 @@ def draw_shapes(n, seed, size=32):
 # Checkpoints
 
 
-# Flags that say where a run is made, not what it learns. (The number of workers changes the noise of augmentation.)
+# Flags that say where a run is made, not what it learns; what --init brings is in `parent`. (The number of workers
+# changes the noise of augmentation.)
 PLACE = {"output_dir", "resume", "data_dir", "workers", "init"}
 
 
 def recipe(config):
-    """What the runs of one experiment, with different seeds, have in common of their configurations."""
+    """The part of a configuration that the runs of one experiment share, whatever their seeds."""
     return {name: value for name, value in config.items() if name not in PLACE | {"seed", "eval_images"}}
 
 
@@ -572,7 +574,7 @@ def load_checkpoint(path, device="cpu"):
 
 
 @contextlib.contextmanager
-def replace(path):
+def atomic_write(path):
     """A binary file to write, which takes the place of `path` at the end, whole, or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -609,7 +611,7 @@ def prefer_speed():
     """For training and its benchmark. A notebook in which they ran goes on as before."""
     torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it
     torch.backends.cudnn.benchmark = True  # all batches of training have one shape
-    gradnorm.CHECK_VALUES = False  # the data fit
+    gradnorm.CHECK_VALUES = False  # pixels are bytes / 255, and targets those of the data set
     try:
         yield
     finally:
@@ -625,7 +627,7 @@ def leave_processes():
 
 
 @contextlib.contextmanager
-def rank_zero_first():
+def first_on_each_machine():
     """The first process of each machine runs the body, which may download, before the others do."""
     if WORLD_SIZE > 1 and LOCAL_RANK > 0:
         dist.barrier()

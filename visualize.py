@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 from torchvision.utils import make_grid
 
 import train
+from evaluate import attack_name
 from gradnorm import input_gradient, pgd_attack
 
 # A method has the same colour in every picture; these can be told apart by colour-blind readers (Okabe, Ito, 2008).
@@ -62,9 +63,11 @@ def attack(runs, count=4, steps=20):
         attacked = pgd_attack(model, x, labels, eps=eps, steps=steps)
         rows += [(0.5 + 0.5 * (attacked - x) / eps).clamp(0, 1), attacked]
         titles += [f"{0.5 / eps:.0f} × the change", f"{label},\nattacked: ε = {fraction(run)}"]
-        captions[0] = [f"{above}\n{label}: {c:.0%}" for above, (c, _) in zip(captions[0], verdicts(model, x))]
-        captions += [[""] * len(x), [f"{'✓' if i == right else '✗'} {run.config['classes'][i]}: {c:.0%}"
-                                     for (c, i), right in zip(verdicts(model, attacked), labels.tolist())]]
+        captions[0] = [f"{above}\n{label}: {confidence:.0%}"
+                       for above, (confidence, _) in zip(captions[0], verdicts(model, x))]
+        said = [f"{'✓' if verdict == true else '✗'} {run.config['classes'][verdict]}: {confidence:.0%}"
+                for (confidence, verdict), true in zip(verdicts(model, attacked), labels.tolist())]
+        captions += [[""] * len(x), said]
     return captioned_grid(rows, titles, captions)
 
 
@@ -248,7 +251,8 @@ def column(run, name):
 
 def common_results(runs, patterns, eps=None):
     """Of the results whose files fit a pattern, that have ε, and that all runs have of the same images under the same
-    name, which says the attack: those of most images and steps, one per run. The first pattern that has any counts."""
+    name, which says the attack: those of most images and steps, one per run. The first pattern with such results is
+    used."""
     for pattern in patterns:
         common = [{(result["file"], result.get("images_sha256")): result for result in run.results
                    if Path(result["file"]).match(pattern) and (eps is None or eps in result["radii"])} for run in runs]
@@ -258,11 +262,6 @@ def common_results(runs, patterns, eps=None):
             return [each[best] for each in common]
     raise ValueError(f"the runs have no {' or '.join(patterns)} of evaluate.py in common"
                      + (f" with ε = {255 * eps:.3g}/255" if eps else ""))
-
-
-def attack_name(result):
-    pgd = f"PGD-{result['steps']}" + f"x{result['restarts']}" * (result["restarts"] > 1)
-    return "AutoAttack" if result["attack"] == "autoattack" else pgd
 
 
 def fraction(run):
@@ -312,8 +311,10 @@ def variant(config):
         return f"PGD-{config['steps']}" if config["steps"] > 1 else "single-step"
     h, every = config.get("h"), config.get("gradnorm_every", 1)
     name = f"finite difference, h = {255 * h:.3g}/255" if h else "double backprop"
+    if every == 1:
+        return name
     ordinal = {2: "2nd", 3: "3rd"}.get(every, f"{every}th")
-    return name + f", every {ordinal} step" * (every > 1)
+    return f"{name}, every {ordinal} step"
 
 
 def printable(name):
@@ -349,7 +350,7 @@ def main():
 
 
 def draw_all(args):
-    """All pictures of each folder that holds runs, of all its runs together. What cannot be drawn is told."""
+    """All pictures of each folder that holds runs, of all its runs together. Prints what cannot be drawn, and why."""
     folders = {}
     for path in find_runs(args.runs):
         try:
@@ -383,7 +384,7 @@ def find_runs(folders):
 
 def save(figure, path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with train.replace(path) as file:
+    with train.atomic_write(path) as file:
         figure.savefig(file, dpi=150, format="png")
     print(path)
 
