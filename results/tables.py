@@ -21,6 +21,8 @@ TRAININGS = {"natural": "natural", "double backprop": "gradnorm", "double backpr
              "finite difference, λ_GN = 0.9, every 2nd step": "every-2",
              "single-step": "single", "single-step, 36 epochs": "single-long", "PGD-3": "adversarial",
              "PGD-3, half the rate": "adversarial-1e-2", "PGD-3, 40 epochs": "adversarial-40"}
+PUBLISHED = {"natural": "imagenette/natural-0", "double backprop": "imagenette/gradnorm-0",
+             "finite difference": "imagenette-cpu/finite-difference-1.2", "PGD-3": "imagenette/adversarial-0"}
 
 
 def read(file, runs):
@@ -71,6 +73,15 @@ def main():
           *([name, *(difference(each[name], each["PGD-3"]) for each in (pgd, some, auto)),
              difference(auto[name] - some[name], auto["PGD-3"] - some["PGD-3"])]
             for name in runs if len(runs[name]) == 3 and auto[name] is not None and name not in ("natural", "PGD-3")))
+
+    pgd = {name: standing("pgd20-3925-eps4.json", run)[:, :1024] for name, run in PUBLISHED.items()}
+    auto = {name: standing("autoattack-1024-eps4.json", run) for name, run in PUBLISHED.items()}
+    more = {name: auto[name] - pgd[name] for name in PUBLISHED}
+    table(["seed 0, 1,024 images", "PGD-20", "AutoAttack", "PGD-20, minus PGD-3", "AutoAttack, minus PGD-3",
+           "AutoAttack minus PGD-20, minus PGD-3"],
+          *([name, mean(pgd[name]), mean(auto[name]),
+             *(difference(each[name], each["PGD-3"]) if name != "PGD-3" else "" for each in (pgd, auto, more))]
+            for name in PUBLISHED))
 
     steps = [f"imagenette-h/{h}" for h in range(5)]
     pgd, accuracy = standing("pgd20-3925-eps4.json", *steps), clean(*steps)
