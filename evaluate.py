@@ -524,7 +524,7 @@ def parse_args():
         help="checkpoint.pt of train.py, or its folder")
     add("--attack", default="pgd", choices=["clean", "pgd", "autoattack"],
         help="autoattack is its standard version, complete: APGD-CE, APGD-T, FAB-T and Square")
-    add("--eps", nargs="+", type=train.pixel_value, metavar="E",
+    add("--eps", nargs="+", type=train.zero_to_one, metavar="E",
         help="radii of the L∞ ball, in pixels of [0, 1]; by default 1/255 2/255 4/255")
     add("--sweep", type=int, metavar="N", help="0/255, 1/255, ... N/255 in the place of --eps")
     add("--steps", default=10, type=int, metavar="N", help="pgd: steps, of size 2.5ε/N")

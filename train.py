@@ -143,9 +143,10 @@ def main():
         for step, (x, y) in enumerate(bar, start=epoch * len(loader)):
             x = x.to(device, non_blocking=True).float() / 255
             y = y.to(device, non_blocking=True)
-            if args.augment == "strong":  # the paper's mixup or cutmix, and label smoothing: targets turn soft
+            if args.augment == "strong":  # the paper's mixup or cutmix: targets become class probabilities
                 x, y = mix(x, y)
-                y = 0.9 * y + 0.1 / classes
+            if args.label_smoothing:
+                y = smooth(y, classes, args.label_smoothing)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, warmup_steps, total_steps, args.lr)
             # A tensor, since torch.compile would compile anew for each number.
@@ -180,6 +181,12 @@ def main():
                             "epoch": epoch + 1, "metrics": metrics, "config": config}, file)
             print("  ".join(f"{name} {value:.4g}" for name, value in metrics[-1].items()), flush=True)
     leave_processes()
+
+
+def smooth(y, classes, label_smoothing):
+    """Targets, class indices (N,) or probabilities (N, classes), with a share of each spread over all classes."""
+    y = y if y.is_floating_point() else F.one_hot(y, classes).float()
+    return (1 - label_smoothing) * y + label_smoothing / classes
 
 
 def learning_rate(step, warmup_steps, total_steps, peak, floor=1e-5):
@@ -367,6 +374,7 @@ def load_data(args, pin_memory):
     return train_set, test_set, loader
 
 
+DATASETS = ["shapes", "shapes-clean", "imagenette", "fashion-mnist", "cifar10", "imagefolder"]
 IMAGENETTE = {"train": (9469, 10), "val": (3925, 10)}  # images, classes; an extraction cut short leaves fewer
 
 
@@ -387,7 +395,7 @@ def load_dataset(args, part):
         size, padding = (size, 0) if args.dataset == "imagenette" else (side, side // 8)
         crop = v2.CenterCrop(size)
         transform = train_transform(args, size, v2.RandomCrop(size, padding), crop) if training else crop
-        dataset = Images(images, targets, classes, transform)
+        dataset = whole = Images(images, targets, classes, transform)
     if args.val_images:
         classes, targets = dataset.classes, torch.as_tensor(dataset.targets)
         chosen = balanced_subset(targets, args.val_images)
@@ -395,6 +403,8 @@ def load_dataset(args, part):
             chosen = torch.from_numpy(np.setdiff1d(np.arange(len(dataset)), chosen))
         dataset = Subset(dataset, chosen.tolist())
         dataset.classes, dataset.targets = classes, targets[chosen]
+    if training and args.dataset == "shapes":  # after the choice above, so that held-out images keep their true labels
+        whole.targets = mislabel(whole.targets)
     return dataset
 
 
@@ -413,7 +423,7 @@ class Images(Dataset):
 
 def read_images(args, folder, train_part):
     """A data set that is drawn, or downloaded: images (N, C, H, W) uint8, targets (N,), names of the classes."""
-    if args.dataset == "shapes":
+    if args.dataset.startswith("shapes"):
         return draw_shapes(10_000, seed=0) if train_part else draw_shapes(2_000, seed=1)
     if args.dataset == "imagenette":  # photographs of ten classes, decoded once, a little larger than the crop
         side = args.image_size * 9 // 8
@@ -494,8 +504,8 @@ def balanced_subset(targets, n):
 
 
 def draw_shapes(n, seed, size=32):
-    """`shapes`, the embedded data set: ten anti-aliased outlines r(θ) of random colour, place, size and rotation on a
-    shaded, noisy background. Images (n, 3, size, size) uint8, targets (n,), the names of the classes."""
+    """The images of `shapes`, the embedded data set: ten anti-aliased outlines r(θ) of random colour, place, size and
+    rotation on a shaded, noisy background. Images (n, 3, size, size) uint8, targets (n,), the names of the classes."""
     rng = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):
@@ -528,6 +538,15 @@ def draw_shapes(n, seed, size=32):
     images = background + (slope[:, :1] * axis + slope[:, 1:] * axis[:, None])
     images = images + coverage * (colour - images) + 0.01 * torch.randn(n, 3, size, size, generator=rng)
     return (images.clamp(0, 1) * 255).round().to(torch.uint8), targets, list(outlines)
+
+
+def mislabel(targets, classes=10, share=0.1):
+    """The training labels of `shapes`: targets (N,), a tenth of them drawn anew from all classes. With true labels a
+    small network becomes sure of every image, and its loss vanishes together with its input gradient, however steep it
+    is nearby: there the penalty finds nothing. Photographs keep a network in doubt by themselves."""
+    rng = torch.Generator().manual_seed(2)  # 0 and 1 have drawn the images
+    anew = torch.rand(len(targets), generator=rng) < share
+    return torch.where(anew, torch.randint(classes, targets.shape, generator=rng), targets)
 
 
 # Checkpoints
@@ -653,11 +672,11 @@ def mean_over_ranks(value):
 # Command line
 
 
-def pixel_value(text):
-    """An argparse type: a number in pixels of [0, 1], which may be a fraction, such as 4/255."""
+def zero_to_one(text):
+    """An argparse type: a share, or a number in pixels, which may be a fraction, such as 4/255."""
     value = float(Fraction(text))
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not within [0, 1], as pixels are: 4/255?")
+        raise argparse.ArgumentTypeError(f"{text} is not within [0, 1]; 4 of 255 grey levels are 4/255")
     return value
 
 
@@ -674,16 +693,16 @@ def make_parser():
     add = parser.add_argument
 
     add("--method", default="gradnorm", choices=["natural", "gradnorm", "adversarial"], help="loss to minimise")
-    add("--eps", default="4/255", type=pixel_value, help="radius of the L∞ ball in pixels, also in evaluation")
+    add("--eps", default="4/255", type=zero_to_one, help="radius of the L∞ ball in pixels, also in evaluation")
     add("--lambda-ce", default=0.8, type=float, help="gradnorm: weight of the cross-entropy")
     add("--lambda-gn", default=1.2, type=float, help="gradnorm: weight of the gradient norm")
-    add("--h", type=pixel_value, help="gradnorm: step of the finite difference, such as 2/255; else double backprop")
+    add("--h", type=zero_to_one, help="gradnorm: step of the finite difference, such as 2/255; else double backprop")
     add("--gradnorm-every", default=1, type=int, metavar="K", help="gradnorm: penalty in every K-th step, K times it")
     add("--steps", default=3, type=int, metavar="N", help="adversarial: steps of PGD")
-    add("--step-size", type=pixel_value, help="adversarial: in pixels; by default 2ε/N, and 1.25ε for N = 1")
+    add("--step-size", type=zero_to_one, help="adversarial: in pixels; by default 2ε/N, and 1.25ε for N = 1")
 
-    add("--dataset", default="shapes", choices=["shapes", "imagenette", "fashion-mnist", "cifar10", "imagefolder"],
-        help="shapes is drawn by train.py, the next three are downloaded")
+    add("--dataset", default="shapes", choices=DATASETS,
+        help="shapes is drawn, with a tenth of the training labels random, shapes-clean with none; three are downloaded")
     add("--data-dir", help="where the data are, or go; for imagefolder it holds train/ and val/")
     add("--val-images", default=0, type=int, help="evaluate on so many held-out training images, to choose settings")
     add("--image-size", type=int, help="imagenette (photographs of 160 pixels): by default 64; imagefolder: 224")
@@ -699,6 +718,7 @@ def make_parser():
     add("--lr", type=float, help="peak learning rate; by default 1e-2 for convnet, 1e-3 for the others")
     add("--warmup-epochs", type=float, help="rise of learning rate, penalty and training attack's step; by default 2")
     add("--weight-decay", default=0.05, type=float, help="not on norms and biases")
+    add("--label-smoothing", default=0.0, type=zero_to_one, help="share of each target, spread over all classes")
     add("--ema-decay", default=0.0, type=float, help="keep an average of the weights; the paper's is 0.9998; 0: none")
 
     add("--output-dir", help="where the run is written; by default runs/METHOD")
@@ -737,7 +757,7 @@ def parse_args():
     image_sizes = {"imagenette": 64, "imagefolder": 224}
     if args.image_size and args.dataset not in image_sizes:
         parser.error(f"--image-size: the images of --dataset {args.dataset} have a size of their own")
-    if args.data_dir and args.dataset == "shapes":
+    if args.data_dir and args.dataset.startswith("shapes"):
         parser.error("--data-dir: shapes are drawn; choose another --dataset")
     args.image_size = args.image_size or image_sizes.get(args.dataset)
     if args.lr is None:

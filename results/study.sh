@@ -28,25 +28,44 @@ torch.save({name: checkpoint[name] for name in ("model", "ema", "config", "epoch
 }
 
 
-# The published networks of shapes, in ten minutes.
+# The quick start, and GradNorm from scratch: three seeds. Half an hour on one core, and as much for the attacks.
+
+drawn() {  # drawn FOLDER/NAME FLAGS...
+    python train.py --output-dir runs/$1 --resume "${@:2}"
+    publish $1
+}
 
 shapes() {
-    local method
-    for method in natural gradnorm adversarial; do
-        python train.py --method $method --output-dir runs/shapes/$method --resume
-        publish shapes/$method
+    local seed start
+    for seed in 0 1 2; do
+        start="--seed $seed --init runs/shapes/natural-$seed"
+        drawn shapes/natural-$seed --method natural --seed $seed
+        drawn shapes/gradnorm-$seed --method gradnorm $start
+        drawn shapes/adversarial-$seed --method adversarial $start
+        drawn shapes/difference-$seed --method gradnorm --h 2/255 $start
+        drawn shapes/scratch-$seed --method gradnorm --seed $seed
     done
-    python evaluate.py results/shapes/{natural,gradnorm,adversarial}
+    python evaluate.py results/shapes/*
+    python evaluate.py results/shapes/* --eps 4/255 --steps 100 --restarts 3
+    python evaluate.py results/shapes/{natural,gradnorm,adversarial,difference}-0 --attack autoattack --eps 4/255 \
+        --num-images 200
 }
 
 
-# confident.png: the finite difference and exact GradNorm from the natural network of shapes.
+# The confident network: the same with true training labels, and its cure, label smoothing. Two seeds.
 
 confident() {
-    python train.py --method natural --resume
-    python train.py --method gradnorm --h 2/255 --init runs/natural --output-dir runs/difference --resume
-    python train.py --method gradnorm --init runs/natural --output-dir runs/confident --resume
-    python visualize.py loss runs/{natural,confident,difference} --output results/confident.png
+    local seed start
+    for seed in 0 1; do
+        start="--dataset shapes-clean --seed $seed --init runs/shapes-clean/natural-$seed"
+        drawn shapes-clean/natural-$seed --method natural --dataset shapes-clean --seed $seed
+        drawn shapes-clean/gradnorm-$seed --method gradnorm $start
+        drawn shapes-clean/smooth-$seed --method gradnorm --label-smoothing 0.1 $start
+        drawn shapes-clean/difference-$seed --method gradnorm --h 2/255 $start
+        drawn shapes-clean/adversarial-$seed --method adversarial $start
+    done
+    python evaluate.py results/shapes-clean/* --eps 4/255 --steps 100 --restarts 3 --num-images 200
+    python visualize.py loss results/shapes-clean/{natural,gradnorm,difference,smooth}-0 --output results/confident.png
 }
 
 
