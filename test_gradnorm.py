@@ -768,13 +768,30 @@ def test_each_epoch_draws_its_own_noise_and_strong_augmentation_mixes_targets(fo
 
     seen = []
     monkeypatch.setattr(train, "gradnorm_loss", noted)
-    for seed in ("0", "1"):
-        run(*flags_for(folder, out / seed), "--batch-size", "48", "--augment", "strong", "--seed", seed)
+    for seed, smoothing in ("0", 0.0), ("1", 0.1):
+        run(*flags_for(folder, out / seed), "--batch-size", "48", "--augment", "strong", "--seed", seed,
+            "--label-smoothing", str(smoothing))
     seeds, mixed = zip(*seen)
     assert len({*seeds}) == len(seeds) == 4
-    for targets in mixed:
+    for targets, smoothing in zip(mixed, (0.0, 0.0, 0.1, 0.1), strict=True):
         torch.testing.assert_close(targets.sum(1), torch.ones(48))
-        assert targets.min() == pytest.approx(0.1 / 3) and ((0.04 < targets) & (targets < 0.9)).any()
+        assert targets.min() == pytest.approx(smoothing / 3) and ((0.04 < targets) & (targets < 0.9)).any()
+
+
+@pytest.mark.parametrize("method", ["natural", "gradnorm", "adversarial"])
+def test_smoothed_targets_give_the_cross_entropy_of_label_smoothing(folder, out, monkeypatch, method):
+    def noted(objective, x, y, *arguments, **options):
+        seen.append(y)
+        return F.cross_entropy(objective.model(x), y)
+
+    seen = []
+    monkeypatch.setattr(train.Objective, "forward", noted)
+    run(*flags_for(folder, out), "--method", method, "--batch-size", "48", "--epochs", "1", "--label-smoothing", "0.1")
+    targets, = seen
+    logits = torch.randn(48, 3)
+    torch.testing.assert_close(F.cross_entropy(logits, targets),
+                               F.cross_entropy(logits, targets.argmax(1), label_smoothing=0.1))
+    assert targets.unique().tolist() == pytest.approx([0.1 / 3, 0.9 + 0.1 / 3])
 
 
 def test_validation_counts_what_stays_right_under_pgd10_from_the_same_points(monkeypatch):
@@ -1106,6 +1123,27 @@ def test_shapes_are_drawn_from_the_seed():
     assert torch.equal(images, again) and not torch.equal(images, other)
     assert images.shape == (200, 3, 32, 32) and images.dtype == torch.uint8
     assert (targets.bincount() == 20).all() and len(classes) == 10
+
+
+def test_a_tenth_of_the_training_labels_of_shapes_is_random_and_all_others_are_true():
+    def labels(part, *flags):
+        data = train.load_dataset(settings(*flags), part)
+        return torch.stack([data[i][0] for i in range(0, len(data), 7)]), torch.tensor([y for _, y in data])
+
+    (images, drawn), (same, true) = labels("train"), labels("train", "--dataset", "shapes-clean")
+    assert torch.equal(images, same) and torch.equal(drawn, labels("train")[1])
+    assert torch.equal(true, train.draw_shapes(10_000, seed=0)[1])
+    wrong = drawn != true
+    assert 0.08 < wrong.double().mean() < 0.1  # nine of ten random labels are wrong
+    assert all(0.06 < wrong[true == k].double().mean() < 0.12 and 0.06 < (drawn == k)[wrong].double().mean() < 0.14
+               for k in range(10))
+    assert torch.equal(labels("test")[1], train.draw_shapes(2_000, seed=1)[1])
+    held, of_held = labels("test", "--val-images", "500")  # some of the training images, with their true labels
+    _, of_rest = labels("train", "--val-images", "500")
+    _, true_of_held = labels("test", "--val-images", "500", "--dataset", "shapes-clean")
+    assert torch.equal(of_held, true_of_held) and (of_held.bincount() == 50).all()
+    _, true_of_rest = labels("train", "--val-images", "500", "--dataset", "shapes-clean")
+    assert len(of_rest) == 9500 and 0.08 < (of_rest != true_of_rest).double().mean() < 0.1
 
 
 @pytest.mark.parametrize("name, source, shape, channels", [
@@ -2081,7 +2119,7 @@ def test_published_checkpoints_are_those_of_the_results_beside_them(path):
     published = visualize.load_run(path)
     assert len(published.results) == len([*path.parent.glob("*.json")]) > 0 and published.metrics
     model, config = train.load_checkpoint(path)
-    if config["dataset"] == "shapes":
+    if config["dataset"].startswith("shapes"):
         images, labels = train.held_out(train.load_test_set(config), 1000)
         clean = 100 * (model(images / 255).argmax(1) == labels).double().mean().item()
         assert clean == pytest.approx(published.results[0]["clean_accuracy"], abs=0.2)
@@ -2171,7 +2209,7 @@ def test_attack_shows_pgd_and_what_the_models_say(runs):
     (_, images, above), *shown = rows(visualize.attack(loaded, count=3), 5)
     odds = [model(x).softmax(1).max(1).values for model in models]
     assert torch.equal(images, x)
-    assert above == [f"{names[i]}\nnatural: {a:.0%}\nGradNorm: {b:.0%}" for i, a, b in zip(labels, *odds)]
+    assert above == [f"{names[i]}\nnatural: {a:.0%}\ndouble backprop: {b:.0%}" for i, a, b in zip(labels, *odds)]
     for model, each, k, changes, sums in zip(models, loaded, (16, 64), shown[::2], shown[1::2], strict=True):
         eps = k / 255
         torch.manual_seed(0)
@@ -2341,14 +2379,36 @@ def test_runs_of_one_method_are_told_apart_whatever_their_names(runs, tmp_path):
     first, second, _ = (run.style for run in several)
     assert first["marker"] != second["marker"] and first["color"] != second["color"]
     assert [run.style["label"] for run in several[:2]] == ["runs/gradnorm", "more/gradnorm"]
-    for change, name in (({"h": 2 / 255}, "finite difference, h = 2/255"),
-                         ({"gradnorm_every": 2}, "double backprop, every 2nd step")):
-        rewrite(tmp_path / "more/gradnorm/checkpoint.pt", **change | {"h": change.get("h")})
+    for changes, names in ((({}, {"gradnorm_every": 2}), ("gradnorm-every 1", "gradnorm-every 2")),
+                           (({"h": 0.5 / 255}, {"h": 2 / 255}), ("h 0.5/255", "h 2/255")),
+                           (({}, {"seed": 1, "lambda_gn": 0.9}), ("lambda-gn 1.2, seed 0", "lambda-gn 0.9, seed 1")),
+                           (({}, {"parent": {"method": "natural"}}), ("from scratch", "from natural"))):
+        method = "finite difference" if "h" in changes[0] else "double backprop"
+        for path, change in zip((runs[1], tmp_path / "more/gradnorm"), changes):
+            rewrite(path / "checkpoint.pt", **dict(gradnorm_every=1, h=None, seed=0, lambda_gn=1.2, parent=None) | change)
         several = drawable([runs[1], tmp_path / "more/gradnorm"])
-        assert [run.style["label"] for run in several] == ["double backprop", name]
-    shutil.copytree(runs[2], tmp_path / "more/single")
-    rewrite(tmp_path / "more/single/checkpoint.pt", steps=1)
-    assert [run.style["label"] for run in drawable([runs[2], tmp_path / "more/single"])][1] == "single-step"
+        assert [run.style["label"].replace("\n", " ") for run in several] == [f"{method}, {name}" for name in names]
+
+
+def test_each_method_has_its_own_colour_and_no_caption_overlaps_another(runs, tmp_path):
+    longest = {name: f"{name}, a class whose name is long enough to run into its neighbours" for name in ("blue", "green", "red")}
+    for part, name in itertools.product(("train", "val"), longest):
+        (tmp_path / part).mkdir(exist_ok=True)
+        (tmp_path / part / longest[name]).symlink_to(Path(visualize.load_run(runs[0]).config["data_dir"]) / part / name)
+    forms = {"natural": (0, {}), "double backprop": (1, {}), "finite difference": (1, {"h": 2 / 255}),
+             "PGD-3": (2, {"steps": 3}), "single-step": (2, {"steps": 1})}
+    for name, (i, change) in forms.items():
+        shutil.copytree(runs[i], tmp_path / name)
+        rewrite(tmp_path / name / "checkpoint.pt", classes=[*longest.values()], data_dir=str(tmp_path), **change)
+    loaded = drawable([tmp_path / name for name in forms])
+    assert [run.style["label"] for run in loaded] == [*forms] and len({run.style["color"] for run in loaded}) == 5
+    for draw, count in (visualize.attack, 11), (visualize.gradients, 6):
+        figure = draw(loaded, count=3)
+        figure.draw_without_rendering()
+        texts = [text for ax in figure.axes for text in (ax.xaxis.label, ax.yaxis.label) if text.get_text()]
+        boxes = [text.get_window_extent() for text in texts] + [ax.get_window_extent() for ax in figure.axes]
+        overlapping = [(a, b) for a, b in itertools.combinations(boxes, 2) if a.overlaps(b)]
+        assert len(figure.axes) == 3 * count and len(texts) >= 3 + count and not overlapping
 
 
 def test_linked_runs_are_drawn_beside_their_links(runs, tmp_path, capsys):

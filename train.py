@@ -541,9 +541,9 @@ def draw_shapes(n, seed, size=32):
 
 
 def mislabel(targets, classes=10, share=0.1):
-    """The training labels of `shapes`: targets (N,), a tenth of them drawn anew from all classes. With true labels a
-    small network becomes sure of every image, and its loss vanishes together with its input gradient, however steep it
-    is nearby: there the penalty finds nothing. Photographs keep a network in doubt by themselves."""
+    """The training labels of `shapes`: targets (N,), each with probability `share` drawn anew from all classes. With
+    true labels a small network becomes sure of every image, and its loss vanishes together with its input gradient,
+    however steep it is nearby: the penalty finds nothing there. Photographs keep a network in doubt by themselves."""
     rng = torch.Generator().manual_seed(2)  # 0 and 1 have drawn the images
     anew = torch.rand(len(targets), generator=rng) < share
     return torch.where(anew, torch.randint(classes, targets.shape, generator=rng), targets)

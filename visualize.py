@@ -16,6 +16,7 @@ function, from runs to a figure; read the one that you want. What they are made 
 import argparse
 import json
 import os
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,8 +32,8 @@ from evaluate import attack_name
 from gradnorm import input_gradient, pgd_attack
 
 # A method has the same colour in every picture; these can be told apart by colour-blind readers (Okabe, Ito, 2008).
-METHODS = {"natural": ("natural", "#0072B2"), "gradnorm": ("GradNorm", "#D55E00"),
-           "adversarial": ("adversarial", "#009E73")}  # name, colour
+METHODS = {"natural": "#0072B2", "double backprop": "#D55E00", "finite difference": "#E69F00", "PGD": "#009E73",
+           "single-step": "#CC79A7"}
 
 
 # The pictures. Each takes runs, as `load_run` reads and `tell_apart` names them, and returns a matplotlib figure.
@@ -101,13 +102,16 @@ def gradient_tiles(gradient, quantile=0.99):
 
 def captioned_grid(rows, titles, captions):
     """Rows of images (N, C, H, W) in [0, 1], each with a title at its left and a caption under every image."""
-    figure = new_figure(2.2 * len(rows[0]), 2.6 * len(rows))
+    captions = [[wrapped(caption, 22) for caption in below] for below in captions]
+    lines = sum(max(caption.count("\n") + 1 for caption in below) for below in captions)
+    figure = new_figure(2.2 * len(rows[0]), 2.2 * len(rows) + 0.2 * lines)
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for row, title, below, row_axes in zip(rows, titles, captions, axes):
-        row_axes[0].set_ylabel(title, fontsize="large")
+        row_axes[0].set_ylabel(wrapped(title, 22))
         for image, caption, ax in zip(row, below, row_axes):
             ax.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
-            ax.set(xticks=[], yticks=[], xlabel=printable(caption))
+            ax.set(xticks=[], yticks=[])
+            ax.set_xlabel(caption, fontsize="small")
             ax.spines[:].set_visible(False)
     return figure
 
@@ -211,7 +215,7 @@ def cost(runs):
     times = [sum(column(run, "seconds")[1]) / 60 for run in runs]
     for run, minutes, result in zip(runs, times, best):
         robust = result["robust_accuracy"][result["radii"].index(eps)]
-        plot(ax, run, [minutes], [robust], markersize=9, linestyle="none")
+        plot(ax, run, [minutes], [robust], markersize=9, linestyle="none", clip_on=False)
     parents = ", without --init's" if any(run.config.get("parent") for run in runs) else ""
     ax.set(xlabel=f"training time (minutes{parents})", xlim=(0, 1.15 * max(times)),
            ylabel=f"{attack_name(best[0])} accuracy (%), ε = {fraction(runs[0])}", ylim=(0, 100))
@@ -289,32 +293,44 @@ def load_run(path, data_dir=None):
 
 def tell_apart(runs):
     """The runs, of the same data, each with the style of its lines: the colour and the name of its method, or, where
-    several have one method, a shade of it, a marker, and what their methods differ in, else the names of their folders.
-    """
+    several have one method, a shade of it, a marker, and what they differ in, else the names of their folders."""
     must_agree(runs, "dataset", "classes", "images", "val_images", "image_size", "pixels")
     above = os.path.commonpath([os.path.abspath(run.path.parent) for run in runs])
-    for method, (name, colour) in METHODS.items():
-        same = [run for run in runs if run.config["method"] == method]
-        names = [name] if len(same) == 1 else [variant(run.config) for run in same]
+    for method, colour in METHODS.items():
+        same = [run for run in runs if method_of(run.config) == method]
+        names = [f"PGD-{run.config['steps']}" if method == "PGD" else method for run in same]
+        names = [", ".join([name, *words]) for name, words in zip(names, differences([run.config for run in same]))]
         if len(set(names)) < len(same):
-            names = [printable(os.path.relpath(os.path.abspath(run.path), above)) for run in same]
+            names = [os.path.relpath(os.path.abspath(run.path), above) for run in same]
         for i, (run, label) in enumerate(zip(same, names)):
             shade = tuple(1 - (1 - i / (len(same) + 1)) * (1 - channel) for channel in to_rgb(colour))
             label = f" {label}" if label.startswith("_") else label  # which a legend would leave out
-            run.style = {"color": shade, "marker": "osD^vPX*"[i % 8], "label": label}
+            run.style = {"color": shade, "marker": "osD^vPX*"[i % 8], "label": wrapped(label, 24)}
     return runs
 
 
-def variant(config):
-    """A method as it is called beside another run of the same one."""
+def method_of(config):
+    """The two forms of GradNorm, and single-step among adversarial training, are methods of their own here."""
+    if config["method"] == "gradnorm":
+        return "finite difference" if config.get("h") else "double backprop"
     if config["method"] == "adversarial":
-        return f"PGD-{config['steps']}" if config["steps"] > 1 else "single-step"
-    h, every = config.get("h"), config.get("gradnorm_every", 1)
-    name = f"finite difference, h = {255 * h:.3g}/255" if h else "double backprop"
-    if every == 1:
-        return name
-    ordinal = {2: "2nd", 3: "3rd"}.get(every, f"{every}th")
-    return f"{name}, every {ordinal} step"
+        return "PGD" if config["steps"] > 1 else "single-step"
+    return config["method"]
+
+
+def differences(configs):
+    """For each configuration the flags, with their values, in which not all of them agree."""
+    flags = vars(train.make_parser().parse_args([])).keys() - train.PLACE - {"eval_images", "steps"}
+    shown = [{flag: f"{flag.replace('_', '-')} {config.get(flag) or 0}" for flag in sorted(flags)}
+             | {name: f"{name} {255 * (config.get(name) or 0):.3g}/255" for name in ("eps", "h")}
+             | {"parent": f"from {config['parent']['method'] if config.get('parent') else 'scratch'}"}
+             for config in configs]
+    return [[each[name] for name in each if len({other[name] for other in shown}) > 1] for each in shown]
+
+
+def wrapped(text, width):
+    """Lines of at most so many characters."""
+    return "\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in printable(text).split("\n"))
 
 
 def printable(name):
@@ -362,7 +378,7 @@ def draw_all(args):
     if args.output and len(folders) > 1:
         raise ValueError(f"--output {args.output} would get the pictures of {len(folders)} folders over one another")
     for folder, runs in folders.items():
-        runs.sort(key=lambda run: list(METHODS).index(run.config["method"]))
+        runs.sort(key=lambda run: list(METHODS).index(method_of(run.config)))
         for name, draw in PICTURES.items():
             try:
                 save(draw(tell_apart(runs)), (args.output or folder) / f"{name}.png")
