@@ -1474,14 +1474,12 @@ def test_help_is_printed_on_any_screen(script, capsys):
 
 def test_natural_training_collapses_under_pgd_where_gradnorm_holds(tmp_path):
     """On `shapes`, at the paper's ε, in the paper's way: GradNorm starts from the naturally trained network."""
-    torch.set_num_threads(os.cpu_count())
-    run("--method", "natural", "--epochs", "2", "--warmup-epochs", "0.5", "--output-dir", tmp_path / "natural")
+    run("--method", "natural", "--epochs", "3", "--warmup-epochs", "0.5", "--output-dir", tmp_path / "natural")
     run("--init", tmp_path / "natural", "--epochs", "1", "--warmup-epochs", "0.25",
         "--output-dir", tmp_path / "gradnorm")
-    torch.set_num_threads(1)
     natural, gradnorm = metrics(tmp_path / "natural")[-1], metrics(tmp_path / "gradnorm")[-1]
-    assert natural["clean_accuracy"] > 70 and natural["pgd10_accuracy"] < 15
-    assert gradnorm["clean_accuracy"] > 75 and gradnorm["pgd10_accuracy"] > 40
+    assert natural["clean_accuracy"] > 90 and natural["pgd10_accuracy"] < 40
+    assert gradnorm["clean_accuracy"] > 90 and gradnorm["pgd10_accuracy"] > 60
 
 
 # The attacks of the evaluation
@@ -2468,7 +2466,7 @@ def test_the_readmes_script_is_the_method(capsys):
     assert names["epochs"] == 1
     (natural, attacked), (clean, robust) = (map(float, re.findall(r"([\d.]+)%", line))
                                             for line in capsys.readouterr().out.splitlines())
-    assert min(natural, clean) > 80 and robust > attacked + 10
+    assert min(natural, clean) > 70 and robust > attacked + 10
     model, x, y = names["model"], names["test_images"][:8] / 255, names["test_labels"][:8]
     losses, gradient = names["losses_and_gradient"](model, x, y)
     loss = 0.8 * losses.mean() + 1.2 * 4 / 255 * gradient.abs().flatten(1).sum(1).mean()

@@ -46,9 +46,7 @@ shapes() {
         drawn shapes/scratch-$seed --method gradnorm --seed $seed
     done
     python evaluate.py results/shapes/*
-    python evaluate.py results/shapes/* --eps 4/255 --steps 100 --restarts 3
-    python evaluate.py results/shapes/{natural,gradnorm,adversarial,difference}-0 --attack autoattack --eps 4/255 \
-        --num-images 200
+    python evaluate.py results/shapes/*-0 --eps 4/255 --steps 100 --restarts 3 --num-images 200
 }
 
 
