@@ -48,6 +48,7 @@ shapes() {
     python evaluate.py results/shapes/*
     python evaluate.py results/shapes/*-0 --eps 4/255 --steps 100 --restarts 3 --num-images 200
     python evaluate.py results/shapes/{gradnorm,adversarial}-0 --eps 4/255 --steps 100 --restarts 3
+    python evaluate.py results/shapes/{gradnorm,adversarial}-0 --attack autoattack --eps 4/255 --num-images 200
 }
 
 
