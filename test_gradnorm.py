@@ -1478,7 +1478,7 @@ def test_natural_training_collapses_under_pgd_where_gradnorm_holds(tmp_path):
     run("--init", tmp_path / "natural", "--epochs", "1", "--warmup-epochs", "0.25",
         "--output-dir", tmp_path / "gradnorm")
     natural, gradnorm = metrics(tmp_path / "natural")[-1], metrics(tmp_path / "gradnorm")[-1]
-    assert natural["clean_accuracy"] > 90 and natural["pgd10_accuracy"] < 40
+    assert natural["clean_accuracy"] > 90 and natural["pgd10_accuracy"] < 15
     assert gradnorm["clean_accuracy"] > 90 and gradnorm["pgd10_accuracy"] > 60
 
 
@@ -2389,7 +2389,8 @@ def test_runs_of_one_method_are_told_apart_whatever_their_names(runs, tmp_path):
 
 
 def test_each_method_has_its_own_colour_and_no_caption_overlaps_another(runs, tmp_path):
-    longest = {name: f"{name}, a class whose name is long enough to run into its neighbours" for name in ("blue", "green", "red")}
+    colours = ["blue", "green", "red"]
+    longest = {name: f"{name}, a class whose name is long enough to run into its neighbours" for name in colours}
     for part, name in itertools.product(("train", "val"), longest):
         (tmp_path / part).mkdir(exist_ok=True)
         (tmp_path / part / longest[name]).symlink_to(Path(visualize.load_run(runs[0]).config["data_dir"]) / part / name)
@@ -2457,16 +2458,16 @@ def test_pictures_of_what_is_not_there_are_told(runs, tmp_path, capsys):
 
 
 def test_the_readmes_script_is_the_method(capsys):
-    """At a third of its length."""
+    """At two thirds of its length."""
     script, *_ = readme_python()
     changes = re.findall("sed ['\"]s/(.*?)/.*lesson.py", (HERE / "results/exercises.md").read_text())
     assert len(changes) == 4 and all(change in script for change in changes)
     names = {}
-    exec(script.replace("eps, epochs = 4 / 255, 3", "eps, epochs = 4 / 255, 1"), names)
-    assert names["epochs"] == 1
+    exec(script.replace("eps, epochs = 4 / 255, 3", "eps, epochs = 4 / 255, 2"), names)
+    assert names["epochs"] == 2
     (natural, attacked), (clean, robust) = (map(float, re.findall(r"([\d.]+)%", line))
                                             for line in capsys.readouterr().out.splitlines())
-    assert min(natural, clean) > 70 and robust > attacked + 10
+    assert min(natural, clean) > 80 and robust > attacked + 10
     model, x, y = names["model"], names["test_images"][:8] / 255, names["test_labels"][:8]
     losses, gradient = names["losses_and_gradient"](model, x, y)
     loss = 0.8 * losses.mean() + 1.2 * 4 / 255 * gradient.abs().flatten(1).sum(1).mean()

@@ -329,13 +329,10 @@ def differences(configs):
 
 
 def wrapped(text, width):
-    """Lines of at most so many characters."""
-    return "\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in printable(text).split("\n"))
-
-
-def printable(name):
-    """Without the bytes of a file's name that are no UTF-8, which matplotlib refuses."""
-    return name.encode(errors="replace").decode()
+    """Lines of at most so many characters, without the bytes of a file's name that are no UTF-8, which matplotlib
+    refuses."""
+    lines = text.encode(errors="replace").decode().split("\n")
+    return "\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in lines)
 
 
 def must_agree(runs, *names):

@@ -28,22 +28,23 @@ torch.save({name: checkpoint[name] for name in ("model", "ema", "config", "epoch
 }
 
 
-# The quick start, and GradNorm from scratch: three seeds. Half an hour on one core, and as much for the attacks.
-
-drawn() {  # drawn FOLDER/NAME FLAGS...
+trained() {  # trained FOLDER/NAME FLAGS...: a training, its weights and metrics in results/
     python train.py --output-dir runs/$1 --resume "${@:2}"
     publish $1
 }
+
+
+# The quick start, and GradNorm from scratch: three seeds. Half an hour on one core, and as much for the attacks.
 
 shapes() {
     local seed start
     for seed in 0 1 2; do
         start="--seed $seed --init runs/shapes/natural-$seed"
-        drawn shapes/natural-$seed --method natural --seed $seed
-        drawn shapes/gradnorm-$seed --method gradnorm $start
-        drawn shapes/adversarial-$seed --method adversarial $start
-        drawn shapes/difference-$seed --method gradnorm --h 2/255 $start
-        drawn shapes/scratch-$seed --method gradnorm --seed $seed
+        trained shapes/natural-$seed --method natural --seed $seed
+        trained shapes/gradnorm-$seed --method gradnorm $start
+        trained shapes/adversarial-$seed --method adversarial $start
+        trained shapes/difference-$seed --method gradnorm --h 2/255 $start
+        trained shapes/scratch-$seed --method gradnorm --seed $seed
     done
     python evaluate.py results/shapes/*
     python evaluate.py results/shapes/*-0 --eps 4/255 --steps 100 --restarts 3 --num-images 200
@@ -58,24 +59,19 @@ confident() {
     local seed start
     for seed in 0 1; do
         start="--dataset shapes-clean --seed $seed --init runs/shapes-clean/natural-$seed"
-        drawn shapes-clean/natural-$seed --method natural --dataset shapes-clean --seed $seed
-        drawn shapes-clean/gradnorm-$seed --method gradnorm $start
-        drawn shapes-clean/smooth-$seed --method gradnorm --label-smoothing 0.1 $start
-        drawn shapes-clean/difference-$seed --method gradnorm --h 2/255 $start
-        drawn shapes-clean/adversarial-$seed --method adversarial $start
+        trained shapes-clean/natural-$seed --method natural --dataset shapes-clean --seed $seed
+        trained shapes-clean/gradnorm-$seed --method gradnorm $start
+        trained shapes-clean/smooth-$seed --method gradnorm --label-smoothing 0.1 $start
+        trained shapes-clean/difference-$seed --method gradnorm --h 2/255 $start
+        trained shapes-clean/adversarial-$seed --method adversarial $start
     done
     python evaluate.py results/shapes-clean/* --eps 4/255 --steps 100 --restarts 3 --num-images 200
     python visualize.py loss results/shapes-clean/{natural,gradnorm,difference,smooth}-0 --output results/confident.png
 }
 
 
-# Photographs: a training, its weights and metrics in results/, and its evaluation.
-
 photograph() {  # photograph FOLDER/NAME FLAGS...
-    local name=$1
-    shift
-    python train.py --dataset imagenette --augment basic --output-dir runs/$name --resume "$@"
-    publish $name
+    trained $1 --dataset imagenette --augment basic "${@:2}"
 }
 
 # How their settings were chosen: on 1,000 held-out training images of Imagenette, ten epochs from the weights of a
