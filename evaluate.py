@@ -4,14 +4,15 @@
     python evaluate.py runs/gradnorm/checkpoint.pt --attack autoattack --eps 4/255 8/255 16/255 --num-images 500
     torchrun --standalone --nproc_per_node=8 evaluate.py ...                   # the images are split over 8 GPUs
 
-Read from the top: `autoattack` and `run_attack`, in which the attacks take turns on what is left standing. Then come
-the attacks of standard AutoAttack (Croce, Hein, "Reliable evaluation of adversarial robustness with an ensemble of
+Read from the top: `autoattack` and `run_stage`, by which one attack after another meets what is left standing. Then
+come the attacks of standard AutoAttack (Croce, Hein, "Reliable evaluation of adversarial robustness with an ensemble of
 diverse parameter-free attacks", ICML 2020, arXiv 2003.01690), each by itself; the command line can be skipped. A result
-is written beside its checkpoint, as autoattack-500-eps4-8-16.json; the same command resumes an interrupted evaluation.
+is written beside its checkpoint, as autoattack-500-eps4-8-16.json; the same command resumes an interrupted evaluation,
+and does not repeat a finished one.
 
-Everywhere, `x` holds pixels in [0, 1], (N, C, H, W), `y` class indices (N,), `eps` is in pixels, and `model` is any
-`nn.Module` from pixels to logits (N, classes), in eval mode. At most `batch_size` images go through it at a time. The
-random numbers of an image come from its own `seeds` (N, any), whole numbers, whatever batch it is in.
+Everywhere, `x` holds pixels in [0, 1], (N, C, H, W), in float32 or float64, `y` class indices (N,), `eps` is in pixels,
+and `model` is any `nn.Module` from pixels to logits (N, classes), in eval mode. At most `batch_size` images go through
+it at a time. The random numbers of an image come from its own `seeds` (N, any), whole numbers, whatever batch it is in.
 """
 
 import argparse
@@ -29,61 +30,58 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import train
-from gradnorm import at_least_float32, check_images, check_targets, fp16_scale, input_gradient, pgd_attack
+from gradnorm import check, input_gradient, pgd_attack
 from train import RANK, WORLD_SIZE, misclassified
 
 
-# The evaluation: the attacks take turns on what is left standing. A turn is (attack, ε, number of its start or target).
+# The evaluation. A stage is (attack, ε, number of its start or target): it attacks the images that still stand at ε.
 # `radius` (N,), float64, is ‖adversarial - x‖∞ of the closest proved adversarial image: 0 where `x` itself is
 # misclassified, inf where none is known.
 
 
 def autoattack(model, x, y, *, eps, batch_size=256):
-    """Standard AutoAttack. Returns images (N, C, H, W), in at least float32: misclassified ones within ε of `x`; `x`
-    where it found none. Warns of signs that they are not to be trusted; raises ValueError where the input is wrong. On
-    a CPU or CUDA: distances are taken in float64, which Apple's GPUs lack."""
-    model, x, y, logits = prepared(model, x, y, eps, batch_size)
-    radius, targets, images = first_radius(logits, y), likeliest_others(logits), x.clone()
-    for turn in standard_turns([eps], targets):
-        run_attack(turn, model, x, y, targets, radius, images, batch_size=batch_size)
+    """Standard AutoAttack. Returns images (N, C, H, W): misclassified ones within ε of `x`; `x` where it found none.
+    Warns of signs that they are not to be trusted; raises ValueError where `x` holds no pixels. On a CPU or CUDA:
+    distances are taken in float64, which Apple's GPUs lack."""
+    x, logits = checked(model, x, y, eps, batch_size)
+    radius, targets, images = first_radius(logits, y), likeliest_others(logits), x
+    for stage in standard_stages([eps], targets.shape[1]):
+        radius, images = run_stage(stage, model, x, y, targets, radius, images, batch_size=batch_size)
     return pick(radius <= eps, images, x)
 
 
 def pgd_accuracy(model, x, y, *, eps, steps=10, restarts=1, batch_size=256):
     """Accuracy (%) under PGD with that many random starts. Warns and raises as `autoattack` does."""
-    model, x, y, logits = prepared(model, x, y, eps, batch_size)
+    x, logits = checked(model, x, y, eps, batch_size)
     radius = first_radius(logits, y)
-    for turn in pgd_turns([eps], restarts):
-        run_attack(turn, model, x, y, None, radius, batch_size=batch_size, steps=steps)
+    for stage in pgd_stages([eps], restarts):
+        radius, _ = run_stage(stage, model, x, y, None, radius, batch_size=batch_size, steps=steps)
     return accuracy(radius, eps)
 
 
-def standard_turns(radii, targets):
-    """The turns of standard AutoAttack for all `radii`. What is found at one ε holds at every larger one; and FAB looks
-    for the smallest perturbation, so that one run of it serves them all."""
-    radii, numbers = sorted({eps for eps in radii if eps > 0}), range(targets.shape[1])
+def standard_stages(radii, targets):
+    """Those of standard AutoAttack for all `radii`, with that many targets. What is found at one ε holds at every
+    larger one; and FAB looks for the smallest perturbation, so that one run of it serves them all."""
+    radii, numbers = sorted({eps for eps in radii if eps > 0}), range(targets)
     return ([("APGD-CE", eps, 0) for eps in radii] + [("APGD-T", eps, i) for eps in radii for i in numbers]
             + [("FAB-T", eps, i) for eps in radii[:1] for i in numbers] + [("Square", eps, 0) for eps in radii])
 
 
-def pgd_turns(radii, restarts):
-    if restarts < 1:  # no attack at all
-        raise ValueError(f"restarts must be at least 1, not {restarts}")
+def pgd_stages(radii, restarts):
     return [("PGD", eps, i) for eps in sorted({eps for eps in radii if eps > 0}) for i in range(restarts)]
 
 
-def run_attack(turn, model, x, y, targets, radius, images=None, *, batch_size=256, rank=0, world_size=1, **options):
-    """One turn, on this rank's share of the images that stand at its ε. Lowers `radius` where the attack came closer
-    than those before it, and puts what it found there into `images`."""
-    name, eps, number = turn
-    attack, takes = ATTACKS[name]
+def run_stage(stage, model, x, y, targets, radius, images=None, *, batch_size=256, rank=0, world_size=1, **options):
+    """One stage, on this rank's share of the images that stand at its ε. Returns `radius`, lowered where the attack
+    came closer than those before it, and `images`, if given, with what it found there."""
+    name, eps, number = stage
+    radius, images = radius.clone(), None if images is None else images.clone()
     standing = (radius > eps).nonzero()[rank::world_size, 0]
     for rows in standing.split(8 * batch_size) if len(standing) else []:  # bounds the memory
-        if "seeds" in takes:
-            options["seeds"] = torch.stack([rows, torch.full_like(rows, number)], 1)
-        if "target" in takes:
-            options["target"] = targets[rows, number]
-        found = attack(model, x[rows], y[rows], eps=eps, batch_size=batch_size, **options)
+        seeds = torch.stack([rows, torch.full_like(rows, number)], 1)
+        target = targets[rows, number] if name.endswith("-T") else None
+        found = ATTACKS[name](model, x[rows], y[rows], eps=eps, seeds=seeds, target=target, batch_size=batch_size,
+                              **options)
         proved = proved_radius(model, x[rows], y[rows], found, batch_size)
         closer = proved < radius[rows]
         radius[rows[closer]] = proved[closer]
@@ -91,6 +89,7 @@ def run_attack(turn, model, x, y, targets, radius, images=None, *, batch_size=25
             images[rows[closer]] = found[closer]
     if world_size > 1:
         dist.all_reduce(radius, dist.ReduceOp.MIN)
+    return radius, images
 
 
 def proved_radius(model, x, y, images, batch_size=256):
@@ -115,28 +114,18 @@ def accuracy(radius, eps):
     return 100 * (radius > eps).sum().item() / len(radius)
 
 
-def prepared(model, x, y, eps, batch_size):
-    """The model as a function of images in at least float32, since the walls of the ball would be rounded in bfloat16;
-    these images; their classes; their logits."""
-    check_images(x, eps, pixels=True)
-    if y.is_floating_point():
-        raise ValueError("y must hold class indices, not probabilities")
+def checked(model, x, y, eps, batch_size):
+    """The images without the rounding that leads out of [0, 1], and their logits, after a look at all of them."""
+    check(x, eps, pixels=True)
     if model.training:
         warn(["the model is in train mode, with its dropout and BatchNorm: call model.eval() first"])
-    if fp16_scale(x) > 1:
-        warn(["the model is attacked in float16, where small gradients are lost: convert it and x with .float()"])
-    dtype, x, y = x.dtype, at_least_float32(x.detach()).clamp(0, 1), y.long()
-
-    def float_model(images):
-        return model(images.to(dtype))
-
-    logits = predict(float_model, x, batch_size)
-    check_targets(logits, y)
-    warn(doubts(float_model, x, y, logits, batch_size))
-    return float_model, x, y, logits
+    x = x.detach().clamp(0, 1)
+    logits = predict(model, x, batch_size)
+    warn(signs_of_failure(model, x, y, logits, batch_size))
+    return x, logits
 
 
-def doubts(model, x, y, logits, batch_size):
+def signs_of_failure(model, x, y, logits, batch_size):
     """A line for each sign that robust accuracy cannot be trusted (Athalye et al., "Obfuscated gradients give a false
     sense of security", ICML 2018)."""
     lines, first = [], x[:batch_size]
@@ -145,8 +134,8 @@ def doubts(model, x, y, logits, batch_size):
     if not torch.allclose(again, logits[:len(first)], rtol=0, atol=rounding, equal_nan=True):
         lines.append("the model answers differently when asked twice, then in smaller batches: it is random, which the "
                      "attacks do not average over, or it mixes the images of a batch")
-    if logits.min() >= 0 and ((logits.sum(1) - 1).abs() < 1e-4).all():
-        lines.append("the model's outputs look like probabilities: give the logits, before the softmax")
+    if 0 <= logits.min() and logits.max() <= 1:
+        lines.append("the model's outputs look like probabilities: give the logits, before the softmax or sigmoid")
     if nan := logits.isnan().any(1).sum().item():
         lines.append(f"the model's logits are nan on {nan} of {len(x)} images, which count as misclassified")
     gradients = (input_gradient(model, *batch) for batch in zip(x.split(batch_size), y.split(batch_size)))
@@ -165,9 +154,10 @@ def warn(lines, prefix=""):
 
 # The attacks. Each returns images (N, C, H, W): misclassified ones where it found them, `x` or anything elsewhere. In
 # those of AutoAttack an image drops out once it is misclassified; `s` holds the state of the others, one row per image.
+# All are called alike: those without random numbers have no use for `seeds`, nor those without targets for `target`.
 
 
-def pgd(model, x, y, *, eps, seeds, steps=10, batch_size=256):
+def pgd(model, x, y, *, eps, seeds, target=None, steps=10, batch_size=256):
     """The last step of PGD from a random start (Madry et al., ICLR 2018)."""
     start = x + eps * (2 * uniform(seeds, x.shape[1:]).to(x) - 1)
     batches = zip(*(t.split(batch_size) for t in (x, y, start)))
@@ -251,7 +241,7 @@ def difference(logits, y, target):
 
 
 @torch.no_grad()
-def fab(model, x, y, *, eps, target, steps=100, alpha_max=0.1, eta=1.05, beta=0.9, batch_size=256):
+def fab(model, x, y, *, eps, target, seeds=None, steps=100, alpha_max=0.1, eta=1.05, beta=0.9, batch_size=256):
     """Targeted FAB (Croce, Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack", ICML
     2020, Algorithm 1): the smallest perturbation, of any size, across the boundary to the class `target` (N,). An image
     leaves the attack once it is misclassified within ε."""
@@ -303,7 +293,7 @@ def project(x, normal, height):
 
 
 @torch.no_grad()
-def square(model, x, y, *, eps, seeds, queries=5000, p=0.8, batch_size=256):
+def square(model, x, y, *, eps, seeds, target=None, queries=5000, p=0.8, batch_size=256):
     """Square Attack (Andriushchenko et al., ECCV 2020, Algorithms 1 and 2): random search, without gradients, that sets
     squares of ever smaller size to x ± ε and keeps what lowers the margin between the true and the next class."""
     found, (n, channels, height, width) = x.clone(), x.shape
@@ -350,7 +340,7 @@ def ascent(model, objective, batch_size, x, y, target):
     for x, y, target in zip(*(t.split(batch_size) for t in (x, y, target))):
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            logits = at_least_float32(model(x))
+            logits = model(x)
             value = objective(logits, y, target)
             gradient, = torch.autograd.grad(value.sum(), x)
         parts.append((logits.detach(), value.detach(), gradient))
@@ -360,7 +350,7 @@ def ascent(model, objective, batch_size, x, y, target):
 @torch.no_grad()
 def predict(model, x, batch_size):
     """Logits (N, classes)."""
-    return torch.cat([at_least_float32(model(part)) for part in x.split(batch_size)])
+    return torch.cat([model(part) for part in x.split(batch_size)])
 
 
 def ball(x, eps):
@@ -392,20 +382,18 @@ def pick(condition, a, b):
 
 
 def keep(s, rows):
+    """Some of the images in `s`, of whose every attribute a row is an image's."""
     for name, value in vars(s).items():
         setattr(s, name, value[rows])
 
 
-# The attacks by name, with what they take beside images, classes and ε.
-ATTACKS = {"PGD": (pgd, ["seeds"]), "APGD-CE": (apgd, ["seeds"]), "APGD-T": (apgd, ["seeds", "target"]),
-           "FAB-T": (fab, ["target"]), "Square": (square, ["seeds"])}
+ATTACKS = {"PGD": pgd, "APGD-CE": apgd, "APGD-T": apgd, "FAB-T": fab, "Square": square}
 
 
 # Command line
 
 
 def main():
-    train.tolerate_ascii()
     args = parse_args()
     device = train.start_process()
     torch.set_float32_matmul_precision("highest")  # rounding decides no verdict
@@ -413,35 +401,38 @@ def main():
     results = {path: evaluate_checkpoint(path, args, device) for path in args.checkpoints}
     if RANK == 0:
         print_table(results, args)
-        for path in results:  # kept until all of them are evaluated
-            result_path(path, args).with_suffix(".progress").unlink(missing_ok=True)
     train.leave_processes()
 
 
 def evaluate_checkpoint(path, args, device):
-    """The result of one checkpoint on its own held-out images, which is also written beside it."""
-    sha256 = train.from_rank_zero(lambda: train.file_sha256(path))
+    """The result of one checkpoint on its own evaluation images. The file beside it keeps how far it has come, at last
+    the result: an evaluation with the same settings goes on from there."""
     model, config = train.load_checkpoint(path, device)
-    if train.file_sha256(path) != sha256:
-        raise ValueError(f"{path} was replaced while it was read: a training that goes on?")
-    with train.first_on_each_machine():
-        test_set = train.load_test_set(config, args.data_dir)
-    if args.num_images > len(test_set):
-        raise ValueError(f"--num-images {args.num_images}: there are {len(test_set)} held-out images")
-    images, labels = train.held_out(test_set, args.num_images)
+    dataset = train.load_evaluation_set(config, args.data_dir)
+    if args.num_images > len(dataset):
+        raise ValueError(f"--num-images {args.num_images}: there are {len(dataset)} images")
+    images, labels = train.evaluation_images(dataset, args.num_images)
     x, y = images.to(device).float() / 255, labels.to(device)
+    settings = {"sha256": train.from_rank_zero(lambda: file_sha256(path)), "attack": args.attack, "radii": args.eps,
+                "images_sha256": hashlib.sha256(images.numpy()).hexdigest(), "steps": args.steps,
+                "restarts": args.restarts, "num_images": args.num_images}
+    file = result_path(path, args)
+    saved = train.from_rank_zero(lambda: json.loads(file.read_bytes()) if file.exists() else {})
+    begun = all(saved.get(name) == value for name, value in settings.items())
+    if begun and "radius" not in saved:  # and ended
+        warn(saved["warnings"], f"{path}: ")
+        return saved
+
     logits = predict(model, x, args.batch_size)
-    lines = doubts(model, x, y, logits, args.batch_size)
-    if config["epoch"] < config["epochs"]:
-        lines.append(f"trained for {config['epoch']} of {config['epochs']} epochs")
+    progress = {"radius": first_radius(logits, y).tolist(), "done": 0, "after": {}}
+    progress = {name: saved[name] if begun else first for name, first in progress.items()}
+    radius, after = run_stages(model, x, y, likeliest_others(logits), settings, progress, file, args)
+    lines = signs_of_failure(model, x, y, logits, args.batch_size)
+    for run, whose in (config, ""), (config["parent"] or {}, "its --init "):
+        if run.get("epoch", math.inf) < run.get("epochs", 0):
+            lines.append(f"{whose}trained for {run['epoch']} of {run['epochs']} epochs")
     if config["val_images"]:
         lines.append(f"on the training images that --val-images {config['val_images']} held out, not on test images")
-    settings = {"sha256": sha256, "images_sha256": hashlib.sha256(images.numpy()).hexdigest(), "attack": args.attack,
-                "radii": args.eps, "steps": args.steps, "restarts": args.restarts, "num_images": args.num_images}
-    file = result_path(path, args)
-    if file.exists() and json.loads(file.read_bytes()).get("images_sha256") != settings["images_sha256"]:
-        raise ValueError(f"{file} is of other images: move it away")
-    radius, after = attack_in_turns(model, x, y, logits, settings, path, args)
     if any(a > b for a, b in zip(after.get("FAB-T", []), after.get("Square", []))):
         lines.append("Square, which follows no gradient, broke images after the attacks that do had given up: the "
                      "gradient may mislead them")
@@ -455,30 +446,30 @@ def evaluate_checkpoint(path, args, device):
     return result
 
 
-def attack_in_turns(model, x, y, logits, settings, path, args):
-    """`radius` after all turns, and the accuracies after each attack. A file keeps how far it has come: an evaluation
-    with the same settings that was interrupted is resumed."""
-    targets, file = likeliest_others(logits), result_path(path, args).with_suffix(".progress")
-    turns, options = [], {}
+def run_stages(model, x, y, targets, settings, progress, file, args):
+    """`radius` after all stages, and the accuracies (%) after each attack; `progress` has them after some stages."""
+    stages, options = [], {}
     if args.attack == "pgd":
-        turns, options = pgd_turns(args.eps, args.restarts), {"steps": args.steps}
+        stages, options = pgd_stages(args.eps, args.restarts), {"steps": args.steps}
     elif args.attack == "autoattack":
-        turns = standard_turns(args.eps, targets)
-    progress = {"settings": settings, "radius": first_radius(logits, y).tolist(), "done": 0, "after": {}}
-    saved = train.from_rank_zero(lambda: json.loads(file.read_bytes()) if file.exists() else progress)
-    progress = saved if saved["settings"] == settings else progress
-    radius = torch.tensor(progress["radius"], dtype=torch.double, device=y.device)
-    bar = tqdm(turns[progress["done"]:], desc=str(path), initial=progress["done"], total=len(turns), leave=False,
-               unit=" attacks", disable=train.NO_BAR)
-    for turn in bar:
-        name, eps, _ = turn
-        bar.set_postfix_str(f"{accuracy(radius, eps):.2f} % left for {name} at ε={255 * eps:.3g}/255")
-        run_attack(turn, model, x, y, targets, radius, batch_size=args.batch_size, rank=RANK, world_size=WORLD_SIZE,
-                   **options)
-        progress["after"][name] = [accuracy(radius, eps) for eps in args.eps]
-        progress |= {"radius": radius.tolist(), "done": progress["done"] + 1}
-        write_json(file, progress)
-    return radius, progress["after"]
+        stages = standard_stages(args.eps, targets.shape[1])
+    write_json(file, settings | progress)  # before the first attack: it may take hours, and the folder be read-only
+    radius, after = torch.tensor(progress["radius"], dtype=torch.double, device=x.device), progress["after"]
+    bar = tqdm(stages[progress["done"]:], desc=str(file.parent), initial=progress["done"], total=len(stages),
+               leave=False, unit=" attacks", disable=train.NO_BAR)
+    for done, stage in enumerate(bar, start=progress["done"] + 1):
+        name, eps, _ = stage
+        bar.set_postfix_str(f"{accuracy(radius, eps):.2f} % left for {name} at {255 * eps:.3g}/255")
+        radius, _ = run_stage(stage, model, x, y, targets, radius, batch_size=args.batch_size, rank=RANK,
+                              world_size=WORLD_SIZE, **options)
+        after[name] = [accuracy(radius, eps) for eps in args.eps]
+        write_json(file, settings | {"radius": radius.tolist(), "done": done, "after": after})
+    return radius, after
+
+
+def file_sha256(path):
+    """Which checkpoint a result is of."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def result_path(path, args):
@@ -498,13 +489,13 @@ def write_json(path, value):
 
 def print_table(results, args):
     """One row per checkpoint, and mean ± standard deviation of those that differ in their seed, and in it alone."""
-    header = [f"{args.name}, {args.num_images} images", "clean", *(f"ε={255 * eps:.3g}/255" for eps in args.eps)]
+    header = [f"{args.name}, {args.num_images} images", "clean", *(f"eps={255 * eps:.3g}/255" for eps in args.eps)]
     rows, repeats = [header], {}
     for path, result in results.items():
         accuracies = [result["clean_accuracy"], *result["robust_accuracy"]]
         rows.append([str(path), *(f"{value:.2f}" for value in accuracies)])
-        experiment = json.dumps([train.recipe(result["config"]), result["images_sha256"]])
-        repeats.setdefault(experiment, []).append((str(path), result["config"]["seed"], accuracies))
+        setting = json.dumps([train.experiment(result["config"]), result["images_sha256"]])
+        repeats.setdefault(setting, []).append((str(path), result["config"]["seed"], accuracies))
     for repeat in repeats.values():
         paths, seeds, accuracies = zip(*repeat)
         if len(repeat) > 1 and len({*seeds}) == len(seeds):
@@ -524,14 +515,15 @@ def parse_args():
         help="checkpoint.pt of train.py, or its folder")
     add("--attack", default="pgd", choices=["clean", "pgd", "autoattack"],
         help="autoattack is its standard version, complete: APGD-CE, APGD-T, FAB-T and Square")
-    add("--eps", nargs="+", type=train.zero_to_one, metavar="E",
-        help="radii of the L∞ ball, in pixels of [0, 1]; by default 1/255 2/255 4/255")
-    add("--sweep", type=int, metavar="N", help="0/255, 1/255, ... N/255 in the place of --eps")
-    add("--steps", default=10, type=int, metavar="N", help="pgd: steps, of size 2.5ε/N")
-    add("--restarts", default=1, type=int, metavar="N", help="pgd: random starts")
-    add("--num-images", default=1000, type=int, metavar="N", help="held-out images, the classes in equal parts")
-    add("--batch-size", default=256, type=int, metavar="N", help="images per process and forward pass")
-    add("--data-dir", metavar="DIR", help="where the data are, if not where they were trained from")
+    radii = parser.add_mutually_exclusive_group()
+    radii.add_argument("--eps", nargs="+", type=train.zero_to_one, metavar="E",
+                       help="radii of the L∞ ball, in pixels of [0, 1]; by default 1/255 2/255 4/255")
+    radii.add_argument("--sweep", type=train.count, metavar="N", help="0/255, 1/255, ... N/255 in the place of --eps")
+    add("--steps", default=10, type=train.count, metavar="N", help="pgd: steps, of size 2.5ε/N")
+    add("--restarts", default=1, type=train.count, metavar="N", help="pgd: random starts")
+    add("--num-images", default=1000, type=train.count, metavar="N", help="images, the classes in equal parts")
+    add("--batch-size", default=256, type=train.count, metavar="N", help="images per process and forward pass")
+    add("--data-dir", type=train.path_type, metavar="DIR", help="where the data are, if not where training found them")
     args = parser.parse_args()
     if args.attack != "pgd":  # only PGD has them: a changed --steps must not begin another attack anew
         args.steps, args.restarts = parser.get_default("steps"), parser.get_default("restarts")

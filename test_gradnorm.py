@@ -13,13 +13,13 @@ import json
 import math
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -77,7 +77,7 @@ def settings(*flags):
     """The settings of train.py for these flags."""
     old, sys.argv = sys.argv, ["train.py", "--output-dir", "/nonexistent", *flags]
     try:
-        return train.parse_args()[0]
+        return train.parse_args()
     finally:
         sys.argv = old
 
@@ -152,14 +152,6 @@ def test_normalised_inputs_with_sigma_equal_pixels(loss, sigma):
     torch.testing.assert_close(gradients(a, model), gradients(b, model), rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_one_hot_targets_equal_class_indices(loss):
-    model, (x, y) = smooth_model(), batch()
-    a, b = loss(model, x, y), loss(model, x, F.one_hot(y, 4).double())
-    torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
-    torch.testing.assert_close(gradients(a, model), gradients(b, model), rtol=1e-10, atol=1e-14)
-
-
 def test_finite_difference_converges_to_double_backprop():
     model, (x, y) = smooth_model(), batch()
     exact = gradnorm_loss(model, x, y, eps=0.1)
@@ -170,25 +162,6 @@ def test_finite_difference_converges_to_double_backprop():
         errors.append((abs(loss - exact).item(), (gradients(loss, model) - exact_gradient).norm().item()))
     for coarse, fine in itertools.pairwise(errors):  # first order: a tenth of h, a tenth of the error
         assert fine == pytest.approx((coarse[0] / 10, coarse[1] / 10), rel=0.1)
-
-
-def test_finite_difference_at_h_eps_is_fgsm_adversarial_training():
-    model, (x, y) = smooth_model(), batch()
-    loss = gradnorm_loss_finite_difference(model, x, y, lambda_ce=1, lambda_gn=1, eps=0.1, h=0.1)
-    fgsm = F.cross_entropy(model(x + 0.1 * input_gradient(model, x, y).sign()), y)
-    torch.testing.assert_close(loss, fgsm, rtol=1e-12, atol=0)
-    torch.testing.assert_close(gradients(loss, model), gradients(fgsm, model), rtol=1e-8, atol=1e-12)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_the_weights_weigh_cross_entropy_and_gradient_norm(loss):
-    model, (x, y) = smooth_model(), batch()
-    cross_entropy = loss(model, x, y, lambda_ce=1, lambda_gn=0)
-    torch.testing.assert_close(cross_entropy, F.cross_entropy(model(x), y))
-    norm = loss(model, x, y, lambda_ce=0, lambda_gn=1, eps=0.1, **{"h": 1e-7} if loss is not gradnorm_loss else {})
-    torch.testing.assert_close(norm, 0.1 * input_gradient(model, x, y).abs().sum((1, 2, 3)).mean(), rtol=1e-5, atol=0)
-    both = loss(model, x, y, lambda_ce=0.3, lambda_gn=2.0, eps=0.1, **{"h": 1e-7} if loss is not gradnorm_loss else {})
-    torch.testing.assert_close(both, 0.3 * cross_entropy + 2.0 * norm)
 
 
 def test_finite_difference_is_the_weighted_sum_of_its_docstring():
@@ -224,16 +197,6 @@ def test_batchnorm_in_train_mode_is_differentiated_through_the_whole_batch():
     alone = torch.cat([input_gradient(model, x[i:i + 1], y[i:i + 1]) for i in range(5)])
     torch.testing.assert_close(input_gradient(model, x, y), alone)
     assert all(map(torch.equal, before, model.buffers()))
-
-
-def test_input_gradient_is_that_of_each_examples_own_loss():
-    model, (x, y) = smooth_model(), batch(soft=True)
-    gradient = input_gradient(model, x, y)
-    for i in range(5):
-        leaf = x[i:i + 1].clone().requires_grad_()
-        expected, = torch.autograd.grad(F.cross_entropy(model(leaf), y[i:i + 1]), leaf)
-        torch.testing.assert_close(gradient[i:i + 1], expected)
-    assert not gradient.requires_grad and all(p.grad is None for p in model.parameters())
 
 
 class CountMatrixProducts(TorchDispatchMode):
@@ -343,44 +306,32 @@ class Layer(nn.Module):
         return self.function(x)
 
 
-PUBLIC = [*LOSSES, pgd_attack, lambda model, x, y, eps: input_gradient(model, x, y), evaluate.autoattack,
-          evaluate.pgd_accuracy]
+PUBLIC = [*LOSSES, pgd_attack, evaluate.autoattack, evaluate.pgd_accuracy]
 
 
 @pytest.mark.parametrize("call", PUBLIC)
 @pytest.mark.parametrize("wrong, words", [
-    ({"x": torch.zeros(5, 3, 8, 8, dtype=torch.uint8)}, "floating|pixels|double"),
+    ({"x": torch.zeros(5, 3, 8, 8, dtype=torch.uint8)}, "float32 images"),
+    ({"x": torch.zeros(5, 3, 8, 8, dtype=torch.bfloat16)}, "float32 images"),  # in which x + δ would be rounded
     ({"x": torch.zeros(5, 192, dtype=torch.double)}, r"images.*\(5, 192\)"),
-    ({"y": torch.tensor([0, 1, 2, 3, 4])}, "from 0 to 3, not 0 to 4"),  # one-based
-    ({"y": torch.tensor([0, 1, 2, 3, -100])}, "not -100 to 3"),  # which cross-entropy ignores
     ({"y": torch.tensor([0, 1])}, "batch_size|size of tensor|must match"),
-    ({"y": torch.zeros(5, 1, dtype=torch.long)}, "target|size of tensor|must match|dimension"),
-    ({"y": torch.eye(4, dtype=torch.long)[[0, 1, 2, 3, 0]]}, "target|size of tensor|must match|dimension"),
-    ({"model": lambda x: smooth_model()(x)[:, :1]}, r"classes.*\(5, 1\)"),  # whose loss is 0
-    ({"model": lambda x: smooth_model()(x)[:, 0]}, r"classes.*\(5,\)"),
-    ({"model": lambda x: smooth_model()((255 * x).byte().double() / 255)}, "no gradient|not require grad"),
     ({"model": lambda x: smooth_model()(x.detach())}, "no gradient|not require grad"),
     ({"model": torch.no_grad()(lambda x: smooth_model()(x))}, "no gradient|not require grad"),
+    ({"model": lambda x: smooth_model()(x).half()}, "float16 loses"),
+    *(({"eps": eps}, f"pixels of .* not {eps}") for eps in (-0.1, math.nan, 8)),  # 8/255 was meant
 ])
 def test_no_wrong_input_gives_a_number(call, wrong, words):
     x, y = batch()
     model = Layer(wrong["model"]).eval() if "model" in wrong else smooth_model()
     with pytest.raises((ValueError, RuntimeError, IndexError), match=words):
-        call(model, wrong.get("x", x), wrong.get("y", y), eps=0.1)
-
-
-@pytest.mark.parametrize("call", PUBLIC)
-def test_inference_mode_raises(call):
-    with pytest.raises((ValueError, RuntimeError)), torch.inference_mode():
-        call(smooth_model(), *batch(), eps=0.1)
+        call(model, wrong.get("x", x), wrong.get("y", y), eps=wrong.get("eps", 0.1))
 
 
 @pytest.mark.parametrize("call", [pgd_attack, evaluate.autoattack, evaluate.pgd_accuracy])
-def test_images_that_are_no_pixels_and_negative_eps_raise(call):
+def test_images_that_are_no_pixels_are_refused(call):
     model, (x, y) = smooth_model(), batch()
     for wrong in (x - 0.5, x + 0.5, 255 * x, x * math.nan):
-        outside = f"{max(-wrong.min().item(), wrong.max().item() - 1):.2g}"
-        with pytest.raises(ValueError, match=f"pixels in .* by {re.escape(outside)}:"):
+        with pytest.raises(ValueError, match="x must hold pixels"):
             call(model, wrong, y, eps=0.1)
     x = x.float().round()
     rounded = x + 2.4e-7 * (2 * x - 1)  # as of an image that was resized, on both sides
@@ -389,61 +340,75 @@ def test_images_that_are_no_pixels_and_negative_eps_raise(call):
     attacked = call(model.float(), rounded, y, eps=0.1)
     torch.manual_seed(1)
     torch.testing.assert_close(attacked, call(model, x, y, eps=0.1), rtol=0, atol=0)  # ε counts from the clamped image
-    for other, eps in itertools.product((call, *LOSSES), (-0.1, math.nan, 8)):  # 8/255 was meant
-        with pytest.raises(ValueError, match=f"eps.*{eps}"):
-            other(model, x, y, eps=eps)
 
 
-@pytest.mark.parametrize("call", [*LOSSES, pgd_attack])
-def test_targets_that_are_no_probabilities_raise(call):
-    (x, _), y = batch(), torch.rand(5, 4).double().softmax(1)
-    negative = y + torch.tensor([1.0, -1.0, 0.0, 0.0])
-    for wrong, words in ((y / 2, "sum to 1, not to 0.5 to 0.5"), (negative, "negative, as -0"), (y * math.nan, "nan")):
-        with pytest.raises(ValueError, match=words):
-            call(smooth_model(), x, wrong)
-    with pytest.raises(ValueError, match="indices, not prob"):
-        evaluate.autoattack(smooth_model(), x, y, eps=0.1)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_autocast_agrees_with_float32(loss):
+    model = train.build_model("convnet", 3, 10)
+    x, y = torch.rand(16, 3, 32, 32), torch.randint(10, (16,))
+    reference = loss(model, x, y, eps=0.1)
+    expected = gradients(reference, model)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(model, x, y, eps=0.1)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, reference, rtol=1e-2, atol=0)
+    assert F.cosine_similarity(gradients(value, model), expected, dim=0) > 0.99
+    with pytest.raises(ValueError, match="float16 loses"), torch.autocast("cpu", torch.float16):
+        loss(model, x, y)
 
 
-def test_probabilities_of_half_precision_sum_to_1_up_to_rounding():
-    logits, y = torch.zeros(1000, 10), torch.randn(1000, 10).softmax(1)
-    gradnorm.check_targets(logits, y.bfloat16())
-    with pytest.raises(ValueError, match="sum to 1"):
-        gradnorm.check_targets(logits, 1.002 * y)
+class Island(nn.Linear):
+    """A layer that computes in float32 whatever autocast says."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.flatten(1).float())
 
 
-def test_wrong_input_of_one_function_raises():
+def test_autocast_leaves_the_backward_pass_of_a_float32_layer_alone():
+    """Of which the products would be cast to bfloat16, for double backprop to differentiate."""
+    model, x, y = Island(12, 3), torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
+    with torch.autocast("cpu", torch.bfloat16):
+        values = [loss(model, x, y) for loss in LOSSES] + [input_gradient(model, x, y)]
+    for value, expected in zip(values, [loss(model, x, y) for loss in LOSSES] + [input_gradient(model, x, y)]):
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_the_finite_difference_has_no_second_derivative_and_says_so():
     model, (x, y) = smooth_model(), batch()
-    for loss in LOSSES:
-        for sigma in (0, -0.2, math.nan, 57.1, [0.2, 0.0, 0.2], [0.2, 0.2]):  # 57.1 of 255
-            with pytest.raises(ValueError, match="sigma is in pixels"):
-                loss(model, x, y, sigma=sigma)
-        with pytest.raises(ValueError, match="sigma is in pixels"):  # would be three penalties
-            loss(lambda grey: model(grey.expand(-1, 3, -1, -1)), x[:, :1], y, sigma=[0.2, 0.2, 0.2])
-        with pytest.raises(ValueError, match="x has a graph"):  # an encoder that would stay as it is
-            loss(model, nn.Conv2d(3, 3, kernel_size=1).double()(x), y)
-        loss(model, x.clone().requires_grad_(), y).backward()
-    for restarts in (0, -1):
-        with pytest.raises(ValueError, match="restarts"):
-            evaluate.pgd_accuracy(model, x, y, eps=0.1, restarts=restarts)
-    with pytest.raises(ValueError, match="steps"):
-        pgd_attack(model, x, y, steps=-1)
-    for step_size in (2, -1 / 255, math.nan):
-        with pytest.raises(ValueError, match="step_size is in pixels"):
-            pgd_attack(model, x, y, step_size=step_size)
-    model[0].weight.register_hook(lambda g: g.clamp(-1, 1))
-    with pytest.raises(ValueError, match="gradient hooks"):
-        gradnorm_loss_finite_difference(model, x, y)
-    for h in (0, -0.1, 2, math.nan):  # 2/255 was meant
-        with pytest.raises(ValueError, match=f"h is in pixels.*{h}"):
-            gradnorm_loss_finite_difference(model, x, y, h=h)
+    loss = gradnorm_loss_finite_difference(model, x, y)
+    with pytest.raises(RuntimeError, match="twice: take gradnorm_loss"):
+        torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+    loss.backward()
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
-def test_labels_of_any_integer_type_work(dtype, short_attacks):
-    model, (x, y) = smooth_model(), batch()
-    for call in (*LOSSES, partial(pgd_attack, random_start=False), evaluate.autoattack):
-        torch.testing.assert_close(call(model, x, y.to(dtype), eps=0.1), call(model, x, y, eps=0.1), rtol=0, atol=0)
+def test_the_finite_difference_keeps_no_gradients_after_its_backward_pass():
+    """A sum of the losses for the log is held for an epoch; the model's gradients are not."""
+    model, (x, y), kept = smooth_model(), batch(), []
+    known = gradnorm.losses_and_gradients
+
+    def noted(*arguments):
+        result = known(*arguments)
+        kept.extend(weakref.ref(g) for g in result[2:])
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradnorm, "losses_and_gradients", noted)
+        loss = gradnorm_loss_finite_difference(model, x, y)
+    assert len(kept) == 8 and all(reference() is not None for reference in kept)
+    loss.backward()
+    assert all(reference() is None for reference in kept) and loss.isfinite()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_what_no_gradient_reaches_stays_as_it_is(loss):
+    """An unused head has no gradient, and not one of zero, on which AdamW's decay acts. Targets are constants."""
+    model, (x, y) = smooth_model(), batch(soft=True)
+    model.register_module("unused", nn.Identity())
+    model.unused.weight = nn.Parameter(torch.ones(3, dtype=torch.double))
+    y.requires_grad_()
+    loss(model, x, y).backward()
+    assert model.unused.weight.grad is None and y.grad is None and model[0].weight.grad.abs().sum() > 0
 
 
 class CountWaits(TorchDispatchMode):
@@ -455,128 +420,7 @@ class CountWaits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_loop_that_knows_its_data_does_not_wait_for_their_checks(monkeypatch):
-    model, (x, y) = smooth_model(), batch()
-    for call, waits in ((partial(pgd_attack, steps=5), 8), (gradnorm_loss, 2), (LOSSES[1], 3)):
-        for check in (True, False):
-            monkeypatch.setattr(gradnorm, "CHECK_VALUES", check)
-            with CountWaits() as counter:
-                call(model, x, y)
-            assert counter.count == (waits if check else 0)
-
-
-# Precision, compilation, attention
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_autocast_agrees_with_float32(loss, dtype):
-    model = train.build_model("convnet", 3, 10)
-    x, y = torch.rand(16, 3, 32, 32), torch.randint(10, (16,))
-    reference = loss(model, x, y, eps=0.1)
-    expected = gradients(reference, model)
-    with torch.autocast("cpu", dtype):
-        value = loss(model, x, y, eps=0.1)
-    assert value.dtype == torch.float32
-    torch.testing.assert_close(value, reference, rtol=1e-2, atol=0)
-    assert F.cosine_similarity(gradients(value, model), expected, dim=0) > 0.99
-
-
-def test_fp16_inner_gradient_does_not_underflow(monkeypatch):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 12), nn.Linear(12, 3))
-    nn.init.constant_(model[1].weight, 1e-4)
-    nn.init.constant_(model[2].weight, 1e-5)
-    nn.init.constant_(model[2].weight[0].data, -1e-5)
-    x, y = torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
-    exact = input_gradient(model, x, y).abs().sum()
-    assert exact / x.numel() < 6e-8  # the smallest number of float16
-    for (scale, wrong), half in itertools.product(((gradnorm.fp16_scale, False), (lambda x: 1.0, True)), (False, True)):
-        monkeypatch.setattr(gradnorm, "fp16_scale", scale)
-        with torch.autocast("cpu", torch.float16, enabled=not half):
-            network, images = (copy.deepcopy(model).half(), x.half()) if half else (model, x)
-            value = gradnorm_loss(network, images, y, lambda_ce=0, lambda_gn=1, eps=1)
-        error = abs(4 * value / exact - 1)
-        assert error > 0.5 if wrong else error < 0.02
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_fp16_overflow_reaches_gradscaler(loss, monkeypatch):
-    monkeypatch.setattr(gradnorm, "fp16_scale", lambda x: 2.0**40)
-    model = train.build_model("convnet", 3, 10)
-    before = [p.clone() for p in model.parameters()]
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
-    x, y = torch.rand(4, 3, 32, 32), torch.randint(10, (4,))
-    with torch.autocast("cpu", torch.float16):
-        value = loss(model, x, y)
-    scaler.scale(value).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    assert scaler.get_scale() == 0.5
-    assert all(map(torch.equal, before, model.parameters()))
-
-
-def test_overflow_is_not_hidden_by_the_absolute_value():
-    """∇x overflows in float16, and nothing else does: the derivative ±1 of |±inf| would make every gradient finite."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
-    x, y = torch.zeros(4, 3, 2, 2), torch.zeros(4, dtype=torch.long)
-    for size, overflow in ((10.0, False), (1000.0, True)):
-        with torch.no_grad():
-            model[1].weight.copy_(torch.tensor([size, -size, 0.0])[:, None].expand(3, 12))
-        with torch.autocast("cpu", torch.float16):
-            loss = gradnorm_loss(model, x, y)
-        assert loss.isfinite() != overflow and gradients(loss, model).isnan().any() == overflow
-
-
-class Contrast(nn.Module):
-    """A black image has no contrast to divide by: its loss is finite, its input gradient is nan."""
-
-    def forward(self, x):
-        return x / (1 + x.pow(2).mean((1, 2, 3), keepdim=True).sqrt())
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_gradient_of_nan_is_no_penalty_of_zero(loss):
-    model, (x, y) = nn.Sequential(Contrast(), smooth_model()), batch()
-    assert loss(model, x, y).isfinite()
-    x[0] = 0
-    assert F.cross_entropy(model(x), y).isfinite() and loss(model, x, y).isnan()
-
-
-def test_a_gradient_of_nan_is_no_failed_attack():
-    model, (x, y) = nn.Sequential(Contrast(), smooth_model()), batch()
-    x[0] = 0
-    adversarial = pgd_attack(model, x, y, random_start=False)
-    assert adversarial[0].isnan().all() and adversarial[1:].isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_cross_entropy_of_a_model_of_half_precision_is_float32(loss, dtype):
-    x, y = batch()
-    assert loss(smooth_model().to(dtype), x.to(dtype), y).dtype == torch.float32
-
-
-@pytest.mark.parametrize("flags", [["--amp", "fp16"], ["--h", "2/255"], ["--method", "adversarial"]])
-def test_compiled_objective_equals_eager(flags):
-    warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)  # by Dynamo of torch 2.6
-    model = torchvision.models.VisionTransformer(image_size=16, patch_size=8, num_layers=1, num_heads=2, hidden_dim=16,
-                                                 mlp_dim=32, num_classes=4)
-    nn.init.normal_(model.heads.head.weight)
-    x, y = torch.rand(4, 3, 16, 16), torch.randint(4, (4,))
-    eager = train.Objective(model, settings(*flags))
-    compiled = torch.compile(eager, backend="aot_eager", fullgraph=True)  # capture and differentiation; no C++ compiler
-    for ramp in (torch.tensor(0.0), torch.tensor(1.0)):
-        results = []
-        for objective in (eager, compiled):
-            torch.manual_seed(1)  # of PGD's random start
-            with torch.autocast("cpu", torch.float16, enabled=eager.args.amp == "fp16"):
-                loss = objective(x, y, ramp)
-            results.append((loss.detach(), gradients(loss, model)))
-        if eager.args.amp == "off":
-            torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
-        for a, b in zip(*results):
-            assert (a - b).norm() < 0.01 * b.norm()
+# Attention
 
 
 @pytest.mark.parametrize("name", ["vit", "swin_t"])
@@ -600,20 +444,6 @@ def test_dropout_and_drop_path_are_off(name, kind):
 
 
 # Several processes
-
-
-def test_compiled_training_of_several_processes_equals_eager(folder, tmp_path, on_cpu):
-    """Above DDP's first bucket of parameters, 1 MB, Dynamo would split its graph."""
-    script = tmp_path / "compiled.py"  # without a C++ compiler
-    script.write_text("from functools import partialmethod\nfrom torch import nn\nimport train\n"
-                      "nn.Module.compile = partialmethod(nn.Module.compile, backend='aot_eager')\ntrain.main()\n")
-    common = ["--optimizer", "sgd", "--lr", "0.1", "--epochs", "1", "--image-size", "64", "--eval-images", "1"]
-    run(*flags_for(folder, tmp_path / "eager"), *common)
-    process = start(*flags_for(folder, tmp_path / "compiled"), *common, "--batch-size", "8", "--compile",
-                    launcher=TORCHRUN, script=script)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    torch.testing.assert_close(saved(tmp_path / "compiled"), saved(tmp_path / "eager"), rtol=1e-4, atol=1e-5)
 
 
 # Training
@@ -756,7 +586,7 @@ def test_training_attack_takes_its_step_size(monkeypatch, flags, size):
     model, (x, y), seen = smooth_model(), batch(), {}
     monkeypatch.setattr(train, "pgd_attack", lambda model, x, y, **arguments: seen.update(arguments) or x)
     args = settings("--method", "adversarial", "--eps", "8/255", *flags)
-    loss = train.Objective(model, args)(x, y, torch.tensor(0.5))
+    loss = train.Objective(model, args)(x, y, 0.5)
     assert seen == {"eps": 8 / 255, "steps": args.steps, "step_size": pytest.approx(0.5 * size * 8 / 255)}
     torch.testing.assert_close(loss, F.cross_entropy(model(x), y), check_dtype=False)
 
@@ -851,13 +681,56 @@ def test_init_starts_from_the_weights_of_another_run(folder, tmp_path):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     assert child_config["activation"] == "silu" and child_config["parent"]["method"] == "natural"
     assert "natural-0" not in json.dumps(child_config["parent"])
-    configs = [train.recipe(saved(tmp_path / f"robust-{seed}", "config")) for seed in ("0", "1")]
-    assert configs[0] == configs[1] != train.recipe(config)
-    assert "some of these images" in mistake(*flags_for(folder, tmp_path / "other"), "--val-images", "12", "--init",
-                                             tmp_path / "natural-0")
+    configs = [train.experiment(saved(tmp_path / f"robust-{seed}", "config")) for seed in ("0", "1")]
+    assert configs[0] == configs[1] != train.experiment(config)
     flags = [*flags_for(folder, tmp_path / "robust-0"), "--lr", "1e-9", "--weight-decay", "0", "--resume"]
     assert "parent" in mistake(*flags, "--init", tmp_path / "robust-1")
     run(*flags, "--init", tmp_path / "natural-0")
+
+
+def test_images_held_out_are_those_that_the_parent_has_not_seen(folder, tmp_path):
+    """It has the same classes. A folder that has grown or shrunk holds out others."""
+    def flags(data, name, count, *more):
+        return [*flags_for(data, tmp_path / name), "--epochs", "1", "--val-images", count, *more]
+
+    run(*flags(folder, "parent", 12))
+    shutil.copytree(folder, tmp_path / "grown")
+    shutil.copy(folder / "train/red/0.jpg", tmp_path / "grown/train/red/new.jpg")
+    for data, count in ((folder, 13), (tmp_path / "grown", 12), (tmp_path / "grown", 13)):
+        assert "some of these images" in mistake(*flags(data, "other", count, "--init", tmp_path / "parent"))
+    for part in ("train", "val"):
+        (tmp_path / "other-images" / part).mkdir(parents=True)
+        for name in ("red", "green"):
+            shutil.copytree(folder / part / name, tmp_path / "other-images" / part / f"dark {name}")
+    run(*flags(folder, "child", 12, "--init", tmp_path / "parent"))
+    run(*flags(tmp_path / "other-images", "stranger", 6, "--eval-images", "6", "--init", tmp_path / "parent"))
+
+
+def test_a_class_is_not_held_out_whole(folder, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    for i in range(2, 16):
+        (data / f"train/green/{i}.jpg").unlink()
+    assert "holds out all images of green" in mistake(*flags_for(data, tmp_path / "run"), "--val-images", "6")
+    run(*flags_for(data, tmp_path / "run"), "--val-images", "3", "--eval-images", "3", "--epochs", "1")
+
+
+def test_init_of_an_unfinished_run_is_told_in_training_and_evaluation(folder, tmp_path, capsys):
+    run(*flags_for(folder, tmp_path / "parent"))
+    whole = torch.load(tmp_path / "parent/checkpoint.pt", weights_only=True)
+    torch.save(whole | {"epoch": 1}, tmp_path / "parent/checkpoint.pt")
+    run(*flags_for(folder, tmp_path / "run"), "--init", tmp_path / "parent", "--epochs", "1")
+    assert f"from epoch 1 of 2 of {tmp_path / 'parent'}" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="its --init trained for 1 of 2 epochs"):
+        run(tmp_path / "run", "--num-images", "12", "--attack", "clean", script=evaluate)
+
+
+def test_paths_have_a_home(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run(*flags_for(folder, "~/parent"), "--epochs", "1")
+    run(*flags_for(folder, "~/run"), "--init", "~/parent", "--epochs", "1")
+    run("~/run", "--num-images", "12", "--attack", "clean", script=evaluate)
+    assert (tmp_path / "run/clean-12.json").exists() and not Path("~").exists()
 
 
 def test_init_with_other_classes_has_a_fresh_head(folder, tmp_path):
@@ -871,6 +744,8 @@ def test_init_with_other_classes_has_a_fresh_head(folder, tmp_path):
     run(*flags_for(folder, tmp_path / "larger"), "--image-size", "64", "--init", tmp_path / "three", "--epochs", "1",
         "--warmup-epochs", "0")
     assert train.load_checkpoint(tmp_path / "larger")[1]["pixels"] == 16  # of the network, whatever the images
+    args = settings("--dataset", "imagefolder", "--init", str(tmp_path / "three"))
+    assert args.image_size == 16 and settings("--dataset", "imagefolder").image_size == 224
     before, after = saved(tmp_path / "three"), saved(tmp_path / "run")
     assert after["1.head.weight"].shape == (2, 64) and train.load_checkpoint(tmp_path / "run/checkpoint.pt")
     for name in before.keys() - {"1.head.weight", "1.head.bias"}:
@@ -891,8 +766,8 @@ def test_weight_decay_is_for_the_weights_of_layers(name):
 
 
 def test_killed_and_resumed_equals_undisturbed(folder, tmp_path, on_cpu):
-    # All that has state: GradScaler, EMA, AdamW, worker processes, every source of randomness.
-    extra = ["--epochs", "4", "--amp", "fp16", "--ema-decay", "0.6", "--augment", "strong", "--workers", "1",
+    # All that has state: EMA, AdamW, worker processes, every source of randomness.
+    extra = ["--epochs", "4", "--amp", "bf16", "--ema-decay", "0.6", "--augment", "strong", "--workers", "1",
              "--gradnorm-every", "2"]
     run(*flags_for(folder, tmp_path / "undisturbed"), *extra)
     script = tmp_path / "killed.py"  # in epoch 3, in the middle of its checkpoint, with its workers
@@ -904,7 +779,7 @@ def test_killed_and_resumed_equals_undisturbed(folder, tmp_path, on_cpu):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL and saved(tmp_path / "killed", "epoch") == 2, errors
     run(*flags_for(folder, tmp_path / "killed"), *extra, "--resume")
-    for key in ("model", "ema", "optimizer", "scaler"):
+    for key in ("model", "ema", "optimizer"):
         killed, undisturbed = saved(tmp_path / "killed", key), saved(tmp_path / "undisturbed", key)
         torch.testing.assert_close(killed, undisturbed, rtol=0, atol=0)
     for a, b in zip(metrics(tmp_path / "killed"), metrics(tmp_path / "undisturbed"), strict=True):
@@ -936,49 +811,51 @@ def test_two_processes_evaluate_what_is_saved_and_stop_together_at_a_nan(folder,
     process = start(*flags_for(folder, tmp_path / "run"), "--batch-size", "12", "--model", "resnet18", "--image-size",
                     "32", "--method", "natural", "--warmup-epochs", "0", launcher=TORCHRUN, script=script)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1 and "FloatingPointError" in errors and "epoch 2, step 3" in errors, errors
+    assert process.returncode == 1 and "FloatingPointError: loss " in errors and "or take --h" in errors, errors
     (line,), (model, config) = metrics(tmp_path / "run"), train.load_checkpoint(tmp_path / "run")
-    x, y = train.held_out(train.load_dataset(argparse.Namespace(**config), "test"), 12)
+    x, y = train.evaluation_images(train.load_dataset(argparse.Namespace(**config), "test"), 12)
     norm = input_gradient(model, x / 255, y).abs().sum((1, 2, 3)).mean().item()
     assert line["gradient_norm"] == pytest.approx(norm, rel=3e-5)
 
 
-def test_batchnorm_is_frozen_in_a_run_that_starts_from_another(folder, tmp_path):
+@pytest.mark.parametrize("start", ["--init", "--pretrained"])
+def test_batchnorm_is_frozen_in_a_run_that_starts_from_trained_weights(folder, tmp_path, monkeypatch, start):
     def flags(name):
         return [*flags_for(folder, tmp_path / name), "--image-size", "32", "--batch-size", "16", "--eval-images", "1",
                 "--epochs", "1", "--warmup-epochs", "0"]
 
     run(*flags("natural"), "--method", "natural", "--model", "resnet18")
-    run(*flags("robust"), "--init", tmp_path / "natural/checkpoint.pt")
-    natural, robust = saved(tmp_path / "natural"), saved(tmp_path / "robust")
+    natural = saved(tmp_path / "natural")
+    weights = {name.removeprefix("1."): value for name, value in natural.items() if name.startswith("1.")}
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", lambda self: weights)
+    run(*flags("robust"), *([start, tmp_path / "natural"] if start == "--init" else [start, "--model", "resnet18"]))
+    robust = saved(tmp_path / "robust")
     statistics = [name for name in natural if "running" in name or "num_batches" in name]
     assert all(torch.equal(natural[name], robust[name]) for name in statistics)
     assert natural["1.bn1.num_batches_tracked"] == 3 and not torch.equal(natural["1.fc.bias"], robust["1.fc.bias"])
 
 
-@pytest.mark.parametrize("name", benchmark.METHODS)
-def test_a_training_step_waits_for_the_gpu_once(name, monkeypatch):
-    monkeypatch.setattr(gradnorm, "CHECK_VALUES", False)
-    args = argparse.Namespace(**vars(settings("--optimizer", "sgd")) | benchmark.METHODS[name][0])
-    model = train.build_model("convnet", 3, 10)
-    step = benchmark.make_step(model, train.build_optimizer(model, args), args, torch.rand(4, 3, 8, 8), torch.arange(4))
+@pytest.mark.parametrize("method, waits", [("natural", 1), ("gradnorm", 1), ("adversarial", 3)])
+def test_a_training_step_waits_for_the_gpu_to_check_the_gradient_and_the_pixels(method, waits):
+    args, model = settings("--method", method, "--optimizer", "sgd"), train.build_model("convnet", 3, 10)
+    objective, optimizer = train.Objective(model, args), train.build_optimizer(model, args)
     with CountWaits() as counter:
-        step(0)
-    assert counter.count == 1  # for the check of the gradient
+        train.training_step(objective, optimizer, args, torch.rand(4, 3, 8, 8), torch.arange(4))
+    assert counter.count == waits
 
 
-def test_a_notebook_goes_on_with_all_checks_after_an_interrupted_training(folder, out, monkeypatch):
-    def interrupted(*args, **weights):
-        seen.append((gradnorm.CHECK_VALUES, torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark))
-        raise KeyboardInterrupt
+def test_mixed_precision_is_of_the_forward_pass(folder, out, monkeypatch):
+    def noted(model, x, y, **weights):
+        device = x.device.type
+        seen.append(torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device))
+        return gradnorm_loss(model, x, y, **weights)
 
     seen = []
-    monkeypatch.setattr(gradnorm, "gradnorm_loss", interrupted)
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags_for(folder, out)])
-    with pytest.raises(KeyboardInterrupt):
-        runpy.run_path(str(HERE / "train.py"), run_name="__main__")
-    assert seen == [(False, "high", True)] and gradnorm.CHECK_VALUES
-    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("highest", False)
+    monkeypatch.setattr(train, "gradnorm_loss", noted)
+    run(*flags_for(folder, out), "--amp", "bf16", "--epochs", "8", "--lr", "0.01")
+    first, *_, last = metrics(out)
+    assert seen == 24 * [torch.bfloat16]
+    assert last["loss"] < 0.7 * first["loss"] and last["clean_accuracy"] > 90
 
 
 def test_attacks_wait_for_the_gpu_a_few_times_per_iteration():
@@ -991,42 +868,7 @@ def test_attacks_wait_for_the_gpu_a_few_times_per_iteration():
         assert counter.count <= waits * iterations
 
 
-@pytest.mark.parametrize("amp, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_training_in_mixed_precision(folder, out, monkeypatch, amp, dtype):
-    def noted(model, x, y, **weights):
-        device = x.device.type
-        seen.append(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
-        return gradnorm_loss(model, x, y, **weights)
-
-    seen = []
-    monkeypatch.setattr(train, "gradnorm_loss", noted)
-    run(*flags_for(folder, out), "--amp", amp, "--epochs", "8", "--lr", "0.01")
-    first, *_, last = metrics(out)
-    assert seen == 24 * [dtype]
-    assert last["loss"] < 0.7 * first["loss"] and last["clean_accuracy"] > 90
-    assert amp == "bf16" or saved(out, "scaler")["scale"] >= 1
-
-
-def test_a_lasting_nan_stops_fp16_too(folder, out, monkeypatch):
-    forward = train.Objective.forward
-    monkeypatch.setattr(train.Objective, "forward", lambda *args, **others: forward(*args, **others) * math.nan)
-    with pytest.raises(FloatingPointError, match="epoch 6, step 17 of 24"):  # the scale begins at 2^16, and is halved
-        run(*flags_for(folder, out), "--amp", "fp16", "--epochs", "8")
-
-
-def test_fp16_clips_the_unscaled_gradient(folder, tmp_path):
-    """SGD, unlike AdamW, sees the size of the gradient."""
-    torch.manual_seed(0)
-    start = nn.utils.parameters_to_vector(train.build_model("convnet", 3, 3).parameters())
-    moves = []
-    for amp in ("off", "fp16"):
-        run(*flags_for(folder, tmp_path / amp), "--optimizer", "sgd", "--lr", "0.1", "--amp", amp)
-        model, _ = train.load_checkpoint(tmp_path / amp / "checkpoint.pt")
-        moves.append(nn.utils.parameters_to_vector(model.parameters()) - start)
-    assert (moves[0] - moves[1]).norm() < 0.1 * moves[0].norm()
-
-
-@pytest.mark.parametrize("name", benchmark.METHODS)
+@pytest.mark.parametrize("name", ["GradNorm, finite difference, every 2nd step", "PGD-3"])
 def test_a_step_of_the_benchmark_is_one_of_the_loop(folder, out, name, on_cpu):
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in benchmark.METHODS[name][0].items()]
     flags += ["--batch-size", "48", "--epochs", "1", "--warmup-epochs", "0", "--seed", "3"]
@@ -1061,11 +903,6 @@ def test_two_runs_that_start_at_once_into_one_folder_are_stopped(folder, out, mo
                                                                      load(*args, **kwargs)][1])
     with pytest.raises(FileExistsError):
         run(*flags_for(folder, out))
-
-
-def test_processes_of_different_data_are_stopped(folder, out, monkeypatch):
-    monkeypatch.setattr(train, "from_rank_zero", lambda read: 47)
-    assert "different numbers of images" in mistake(*flags_for(folder, out))
 
 
 def test_erasing_gives_normal_noise_in_one_rectangle_per_image():
@@ -1149,12 +986,13 @@ def test_a_tenth_of_the_training_labels_of_shapes_is_random_and_all_others_are_t
 @pytest.mark.parametrize("name, source, shape, channels", [
     ("fashion-mnist", "FashionMNIST", (7, 28, 28), 1), ("cifar10", "CIFAR10", (7, 32, 32, 3), 3)])
 def test_data_sets_of_torchvision(tmp_path, monkeypatch, name, source, shape, channels):
-    pixels = torch.randint(256, shape, dtype=torch.uint8)
+    pixels = torch.randint(256, shape, dtype=torch.uint8).repeat(2, *[1] * (len(shape) - 1))  # each class twice
     monkeypatch.setattr(torchvision.datasets, source, lambda root, train, download: argparse.Namespace(
-        data=pixels if channels == 1 else pixels.numpy(), targets=list(range(7)), classes=list("abcdefg")))
+        data=pixels if channels == 1 else pixels.numpy(), targets=2 * list(range(7)), classes=list("abcdefg")))
     args = settings("--dataset", name, "--val-images", "2")
     seen, held_out = (train.load_dataset(args, part) for part in ("train", "test"))
-    assert len(held_out) == 2 and sorted([*seen.targets.tolist(), *held_out.targets.tolist()]) == list(range(7))
+    assert len(held_out) == 2
+    assert sorted([*seen.targets.tolist(), *held_out.targets.tolist()]) == sorted(2 * list(range(7)))
     for image, target in [*seen, *held_out]:
         assert torch.equal(image, pixels[target].permute(2, 0, 1) if channels == 3 else pixels[target][None])
 
@@ -1172,9 +1010,9 @@ def test_imagenette_is_complete_and_decoded_a_little_larger_than_its_crops(tmp_p
         pixels = torch.randint(256, (3, 40, 60), dtype=torch.uint8)
         to_pil_image(pixels).save(tmp_path / "imagenette2-160" / part / name / f"{i}.JPEG")
     args = settings("--dataset", "imagenette", "--data-dir", str(tmp_path), "--image-size", "16", "--augment", "basic")
-    with pytest.raises(ValueError, match="imagenette2-160 has 6 images of 2 classes in train/, not 9469 of 10: remove"):
+    with pytest.raises(ValueError, match="imagenette2-160/train has 6 images, not 9469: remove"):
         train.load_dataset(args, "train")  # half of it, as an extraction that was cut short leaves it
-    monkeypatch.setattr(train, "IMAGENETTE", {"train": (6, 2), "val": (6, 2)})
+    monkeypatch.setattr(train, "IMAGENETTE", {"train": 6, "val": 6})
     seen, held_out = (train.load_dataset(args, part) for part in ("train", "test"))
     assert seen.images.shape == (6, 3, 18, 18) and held_out[0][0].shape == (3, 16, 16)
     assert held_out.classes == ["tench", "parachute"] and held_out.targets.tolist() == [0, 0, 0, 1, 1, 1]
@@ -1220,9 +1058,10 @@ def test_validation_images_are_training_files_that_training_never_sees(folder, o
 def test_image_folders_are_cropped_as_for_torchvisions_weights(folder, out):
     test_set = train.load_dataset(settings(*flags_for(folder, out), "--image-size", "224"), "test")
     normalise = train.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    whole = v2.functional.pil_to_tensor(train.read_image(test_set.samples[0][0]))
+    whole = v2.functional.pil_to_tensor(test_set.loader(test_set.samples[0][0]))
     expected = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.transforms()(whole)
-    torch.testing.assert_close(normalise(test_set[0][0] / 255), expected, rtol=0, atol=1.01 / 255 / 0.224)  # a byte's step
+    one_byte = 1.01 / 255 / 0.224
+    torch.testing.assert_close(normalise(test_set[0][0] / 255), expected, rtol=0, atol=one_byte)
 
 
 def test_images_are_normalised_as_the_weights_expect(monkeypatch):
@@ -1240,34 +1079,12 @@ def test_grey_images_reach_torchvision_models():
     torch.testing.assert_close(model(grey), model(grey.expand(-1, 3, -1, -1)))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "mobilenet_v3_small"])
-def test_pretrained_head_is_replaced_for_other_classes_alone(monkeypatch, name):
-    pretrained = torchvision.models.get_model(name)
-    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: pretrained)
-    weights = {key: value.clone() for key, value in pretrained.state_dict().items()}
-    kept = train.build_model(name, 3, 1000, pretrained=True)[1]
-    assert all(torch.equal(value, weights[key]) for key, value in kept.state_dict().items())
-    model = train.build_model(name, 3, 7, pretrained=True).eval()
-    assert model(torch.rand(2, 3, 64, 64)).shape == (2, 7)
-    changed = [key for key, value in model[1].state_dict().items() if not torch.equal(value, weights[key])]
-    assert len(changed) == 2  # the head's weight and bias
-
-
-def test_pretrained_weights_are_asked_for(folder, out, monkeypatch):
-    network, asked = torchvision.models.get_model("resnet18"), []
-    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: asked.append(weights) or network)
-    flags = [*flags_for(folder, out), "--model", "resnet18", "--image-size", "32", "--pretrained"]
-    train.first_model(settings(*flags), None, torch.zeros(3, 32, 32), ["a", "b"])
-    assert asked == ["DEFAULT"]
-
-
 # Bad input
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--method", "magic"], ["magic", "natural", "gradnorm", "adversarial"]),
     (["--model", "resnet19"], ["resnet19"]),
-    (["--model", "googlenet", "--pretrained"], ["googlenet returns auxiliary logits"]),
     (["--eps", "four"], ["--eps", "four"]),
     (["--eps", "8"], ["--eps", "8 is not within [0, 1]", "4/255"]),
     (["--h", "2"], ["--h", "2 is not within"]),
@@ -1282,9 +1099,14 @@ def test_pretrained_weights_are_asked_for(folder, out, monkeypatch):
     (["--init", "x", "--pretrained"], ["--init", "--pretrained"]),
     (["--pretrained"], ["convnet has no ImageNet weights"]),
     (["--dataset", "imagenette", "--model", "resnet18", "--pretrained"], ["training images include the test images"]),
-    (["--ema-decay", "0.9998"], ["0.9998: after 6 steps the first weights would still be 100% of the average"]),
-    (["--dataset", "cifar10"], ["--image-size", "cifar10"]),
-    (["--dataset", "shapes"], ["--image-size", "shapes"]),
+    (["--init", ""], ["--init", "empty"]),  # of an unset variable
+    (["--data-dir", ""], ["--data-dir", "empty"]),
+    (["--output-dir", ""], ["--output-dir", "empty"]),
+    *((["--" + flag, "-1"], [f"--{flag}", "-1 is less than 1"])
+      for flag in ("epochs", "steps", "batch-size", "image-size", "eval-images", "gradnorm-every", "val-images",
+                   "warmup-epochs", "seed", "workers")),
+    (["--steps", "0"], ["0 is less than 1"]),
+    (["--epochs", "1.5"], ["--epochs"]),
     (["--no-such-flag"], ["--no-such-flag"]),
 ])
 def test_bad_input_is_told(folder, tmp_path, flags, words):
@@ -1307,7 +1129,7 @@ def test_a_run_is_never_overwritten_nor_resumed_by_another(folder, out, tmp_path
         assert mistake(*flags, "--resume", *changed).startswith("--resume: ")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "WORLD_SIZE", 2)
-        patch.setattr(train, "first_on_each_machine", contextlib.nullcontext)
+        patch.setattr(train.dist, "barrier", lambda: None)
         patch.setattr(train, "from_rank_zero", lambda read: read())
         patch.setattr(train, "DistributedDataParallel", lambda objective, device_ids: objective)
         assert "world_size is 2, it was 1" in mistake(*flags, "--resume")
@@ -1326,22 +1148,34 @@ class Code:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "foreign", "code", "truncated"])
-def test_a_corrupt_or_foreign_checkpoint_is_left_as_it_is(folder, tmp_path, content):
-    path = tmp_path / "checkpoint.pt"
-    if content == "foreign":
-        torch.save({"state_dict": {}}, path)
-    elif content == "code":
-        torch.save({"config": Code(str(tmp_path / "run by the checkpoint"))}, path)
-    elif content == "truncated":
-        torch.save({"config": torch.zeros(1000)}, path)
-        path.write_bytes(path.read_bytes()[:2000])
-    else:
-        path.write_bytes(content)
+@pytest.mark.parametrize("content", ["png", "empty", "truncated", "code"])
+def test_a_file_that_is_no_whole_checkpoint_is_named_and_left_as_it_is(folder, tmp_path, content):
+    path = tmp_path / "run/checkpoint.pt"
+    path.parent.mkdir()
+    code = Code(str(tmp_path / "run by the checkpoint"))
+    torch.save({"config": code if content == "code" else torch.zeros(999)}, path)
+    if content in ("empty", "truncated"):
+        path.write_bytes(path.read_bytes()[:2000 if content == "truncated" else 0])
+    elif content == "png":
+        Image.new("RGB", (8, 8)).save(path, format="png")
     kept = path.read_bytes()
-    with pytest.raises(Exception):
-        run(*flags_for(folder, tmp_path), "--resume")
+    for words in (mistake(*flags_for(folder, path.parent), "--resume"), mistake(path, script=evaluate),
+                  mistake(*flags_for(folder, tmp_path / "other"), "--init", path)):
+        assert words == f"{path} is no checkpoint of train.py, or no whole one"
     assert path.read_bytes() == kept and not (tmp_path / "run by the checkpoint").exists()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "mobilenet_v3_small"])
+def test_pretrained_weights_are_taken_but_for_a_head_of_other_classes(monkeypatch, name):
+    weights = torchvision.models.get_model(name).state_dict()
+    published = torchvision.models.get_model_weights(name)
+    monkeypatch.setattr(published, "get_state_dict", lambda self: weights)
+    kept = train.build_model(name, 3, 1000, pretrained=True)[1]
+    assert all(torch.equal(value, weights[key]) for key, value in kept.state_dict().items())
+    model = train.build_model(name, 3, 7, pretrained=True).eval()
+    assert model(torch.rand(2, 3, 64, 64)).shape == (2, 7)
+    changed = [key for key, value in model[1].state_dict().items() if not torch.equal(value, weights[key])]
+    assert len(changed) == 2  # the head's weight and bias
 
 
 def test_a_vision_transformer_is_built_again_for_its_image_size(folder, tmp_path, monkeypatch):
@@ -1355,54 +1189,6 @@ def test_a_vision_transformer_is_built_again_for_its_image_size(folder, tmp_path
     assert model(torch.rand(2, 3, 16, 16)).shape == (2, 3) and config["pixels"] == 16
 
 
-def test_images_of_more_than_8_bits_are_refused_by_name(tmp_path):
-    grey = np.linspace(0, 65535, 64).reshape(8, 8)
-    for name, pixels in ("16.png", grey.astype(np.uint16)), ("32.tif", grey.astype(np.float32)):
-        Image.fromarray(pixels).save(tmp_path / name)
-        with pytest.raises(OSError, match=f"{name}.*not bytes"):
-            train.read_image(tmp_path / name)
-    Image.fromarray((grey / 257).astype(np.uint8)).save(tmp_path / "8.png")
-    image = train.read_image(tmp_path / "8.png")
-    assert image.mode == "RGB" and len(np.unique(image)) == 64
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparent_images_are_on_white(tmp_path, mode):
-    """An icon, black on transparent black, which would be all black."""
-    icon = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
-    icon.paste((0, 0, 0, 255), (2, 2, 6, 6))
-    icon.paste((0, 0, 0, 128), (0, 0, 1, 1))
-    if mode == "P":
-        icon = Image.new("P", (8, 8), 0)
-        icon.putpalette([0, 0, 0, 0, 0, 0])
-        icon.paste(1, (2, 2, 6, 6))
-        icon.save(tmp_path / "icon.png", transparency=0)
-    else:
-        icon.convert(mode).save(tmp_path / "icon.png")
-    image = np.array(train.read_image(tmp_path / "icon.png"))
-    assert (image[2:6, 2:6] == 0).all() and (image[7] == 255).all()
-    assert mode == "P" or (image[0, 0] == 127).all()
-    opaque = Image.fromarray(np.random.default_rng(0).integers(256, size=(8, 8, 3), dtype=np.uint8))
-    opaque.save(tmp_path / "rgb.png")
-    opaque.convert("RGBA").save(tmp_path / "rgba.png")
-    assert (np.array(train.read_image(tmp_path / "rgba.png")) == np.array(opaque)).all()
-
-
-def test_an_unreadable_image_is_named(folder, tmp_path):
-    bad = tmp_path / "data"
-    shutil.copytree(folder, bad)
-    (bad / "train/red/7.jpg").write_bytes((folder / "train/red/7.jpg").read_bytes()[:300])
-    assert str(bad / "train/red/7.jpg") in mistake(*flags_for(bad, tmp_path / "run"), "--workers", "1")
-
-
-def test_one_class_is_refused(folder, tmp_path):
-    (tmp_path / "data/train").mkdir(parents=True)
-    (tmp_path / "data/val").mkdir()
-    for part in ("train", "val"):
-        (tmp_path / "data" / part / "all").symlink_to(folder / part)  # a folder too high
-    assert "one class, ['all']" in mistake(*flags_for(tmp_path / "data", tmp_path / "run"))
-
-
 def test_train_and_val_must_have_the_same_classes(folder, tmp_path):
     bad = tmp_path / "data"
     bad.mkdir()
@@ -1410,36 +1196,6 @@ def test_train_and_val_must_have_the_same_classes(folder, tmp_path):
     (bad / "val/blue").mkdir(parents=True)
     (bad / "val/blue/0.jpg").symlink_to(folder / "val/blue/0.jpg")
     assert "['green', 'red']" in mistake(*flags_for(bad, tmp_path / "run"))
-
-
-def test_names_that_are_not_utf8_cost_no_result(folder, tmp_path, capsys):
-    """A class and a run of the bytes caf\\xe9, as an old archive leaves them."""
-    name = os.fsdecode(b"caf\xe9")
-    shutil.copytree(folder, tmp_path / "data")
-    for part in ("train", "val"):
-        (tmp_path / "data" / part / "red").rename(tmp_path / "data" / part / name)
-    outs = [tmp_path / "runs" / name, tmp_path / "runs/other"]
-    for out in outs:
-        run(*flags_for(tmp_path / "data", out), "--epochs", "1", "--lr", "0.01")
-    run(*outs, "--num-images", "12", script=evaluate)
-    assert result(outs[0], "pgd10-12-eps1-2-4.json")["config"]["classes"] == ["blue", name, "green"]
-    run("all", tmp_path / "runs", script=visualize)
-    for picture in ("gradients", "attack", "accuracy", "epochs"):
-        assert (tmp_path / f"runs/{picture}.png").exists(), capsys.readouterr().out
-
-
-@pytest.mark.parametrize("set_there, missing", [
-    ({"WORLD_SIZE": "2"}, "not RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
-    ({"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "not WORLD_SIZE"),
-    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "not LOCAL_RANK"),
-])
-def test_an_incomplete_environment_of_processes_is_told(monkeypatch, set_there, missing):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, set_there.get(name, ""))
-        if name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-            monkeypatch.setattr(train, name, int(set_there.get(name, name == "WORLD_SIZE")))
-    with pytest.raises(ValueError, match=f"{missing}$"):
-        train.start_process()
 
 
 def test_a_full_disk_leaves_the_last_good_state(folder, out):
@@ -1458,27 +1214,15 @@ def test_a_full_disk_leaves_the_last_good_state(folder, out):
     assert after.keys() == before.keys() and after[out / "checkpoint.pt"] == before[out / "checkpoint.pt"]
 
 
-@pytest.mark.parametrize("script", ["train", "evaluate", "visualize"])
-def test_help_is_printed_on_any_screen(script, capsys):
-    """One of ASCII, a notebook's, which has no `reconfigure`, and none."""
-    screens = [io.TextIOWrapper(io.BytesIO(), encoding="ascii"), io.StringIO(), None]
-    for screen in screens:
-        with pytest.raises(SystemExit) as end, contextlib.redirect_stdout(screen):
-            run("--help", script=sys.modules[script])
-        assert end.value.code == 0
-    assert "usage" in screens[1].getvalue()
-
-
 # The claim
 
 
 def test_natural_training_collapses_under_pgd_where_gradnorm_holds(tmp_path):
     """On `shapes`, at the paper's ε, in the paper's way: GradNorm starts from the naturally trained network."""
-    run("--method", "natural", "--epochs", "3", "--warmup-epochs", "0.5", "--output-dir", tmp_path / "natural")
-    run("--init", tmp_path / "natural", "--epochs", "1", "--warmup-epochs", "0.25",
-        "--output-dir", tmp_path / "gradnorm")
+    run("--method", "natural", "--epochs", "3", "--warmup-epochs", "1", "--output-dir", tmp_path / "natural")
+    run("--init", tmp_path / "natural", "--epochs", "1", "--warmup-epochs", "0", "--output-dir", tmp_path / "gradnorm")
     natural, gradnorm = metrics(tmp_path / "natural")[-1], metrics(tmp_path / "gradnorm")[-1]
-    assert natural["clean_accuracy"] > 90 and natural["pgd10_accuracy"] < 15
+    assert natural["clean_accuracy"] > 90 and natural["pgd10_accuracy"] < 30
     assert gradnorm["clean_accuracy"] > 90 and gradnorm["pgd10_accuracy"] > 60
 
 
@@ -1510,47 +1254,24 @@ RADII = [0.01, 0.03, 0.1, 0.3]
 @pytest.fixture
 def short_square(monkeypatch):
     """Square with 100 queries. It is tested by itself with all 5000."""
-    monkeypatch.setitem(evaluate.ATTACKS, "Square", (partial(evaluate.square, queries=100), ["seeds"]))
+    monkeypatch.setitem(evaluate.ATTACKS, "Square", partial(evaluate.square, queries=100))
 
 
 @pytest.fixture
 def short_attacks(monkeypatch, short_square):
     """For what is not about their strength."""
-    monkeypatch.setitem(evaluate.ATTACKS, "APGD-CE", (partial(evaluate.apgd, steps=5), ["seeds"]))
-    monkeypatch.setitem(evaluate.ATTACKS, "APGD-T", (partial(evaluate.apgd, steps=5), ["seeds", "target"]))
-    monkeypatch.setitem(evaluate.ATTACKS, "FAB-T", (partial(evaluate.fab, steps=5), ["target"]))
+    for name, attack in (("APGD-CE", evaluate.apgd), ("APGD-T", evaluate.apgd), ("FAB-T", evaluate.fab)):
+        monkeypatch.setitem(evaluate.ATTACKS, name, partial(attack, steps=5))
 
 
-@pytest.mark.parametrize("classes", [2, 3, 12])
+@pytest.mark.parametrize("classes", [2, 3])
 def test_autoattack_finds_the_exact_robustness_of_a_linear_model(classes, short_square):
     model, x, y = linear_task(classes=classes)
-    for eps in RADII if classes < 12 else RADII[1:3]:
+    for eps in RADII:
         adversarial = evaluate.autoattack(model, x, y, eps=eps)
         robust = model(adversarial).argmax(1) == y
         assert torch.equal(robust, widest(model, x, y, eps) > 0) and (adversarial[robust] == x[robust]).all()
         assert (adversarial - x).abs().max() <= eps and 0 <= adversarial.min() and adversarial.max() <= 1
-
-
-def test_the_attacks_alone_come_near_the_closed_form_and_the_targeted_ones_reach_it():
-    model, x, y = linear_task(n=100)
-    seeds, others = torch.arange(100), model(x).argsort(dim=1, descending=True)[:, 1:]
-
-    def broken(attack, **arguments):
-        return evaluate.proved_radius(model, x, y, attack(model, x, y, eps=eps, **arguments)) <= eps
-
-    for eps in RADII:
-        robust, robust_within = widest(model, x, y, eps) > 0, widest(model, x, y, eps / 1.01) > 0
-        assert robust.any() or eps > 0.1
-        for found in (broken(evaluate.pgd, seeds=seeds), broken(evaluate.apgd, seeds=seeds),
-                      broken(evaluate.square, seeds=seeds, queries=500)):
-            assert found.sum() > 0.7 * (~robust).sum() and not (found & robust).any()
-        apgd = torch.stack([broken(evaluate.apgd, seeds=seeds, target=target) for target in others.T]).any(0)
-        fab = torch.stack([broken(evaluate.fab, target=target) for target in others.T]).any(0)
-        assert torch.equal(apgd, ~robust)
-        assert (fab | robust_within).all() and not (fab & robust).any()  # FAB comes back to 1 % from the boundary
-    model, x, y = linear_task(n=100, classes=2)  # of more classes, cross-entropy can be drawn to two at once
-    for eps in RADII:
-        assert torch.equal(broken(evaluate.apgd, seeds=seeds), widest(model, x, y, eps) <= 0)
 
 
 class Steadfast(nn.Module):
@@ -1614,14 +1335,6 @@ def test_apgd_is_algorithm_1_of_its_paper(targeted):
             torch.testing.assert_close(seen[k][i], image, rtol=0, atol=1e-9)
     assert halvings > 8 and returns > 8
     assert evaluate.apgd_checkpoints(1) == [1] and evaluate.apgd_checkpoints(10) == [2, 3, 4, 5, 6, 7, 8, 9, 10]
-
-
-def test_targeted_dlr_is_invariant_to_scale_and_shift():
-    z, y, target = torch.randn(20, 6, dtype=torch.float64), torch.randint(6, (20,)), torch.randint(6, (20,))
-    i, (z1, _, z3, z4, *_) = torch.arange(20), z.sort(dim=1, descending=True).values.T
-    expected = -(z[i, y] - z[i, target]) / (z1 - (z3 + z4) / 2)
-    torch.testing.assert_close(evaluate.targeted_dlr(z, y, target), expected)
-    torch.testing.assert_close(evaluate.targeted_dlr(7 * z - 3, y, target), expected)
 
 
 def test_fabs_projection_is_the_nearest_point():
@@ -1751,39 +1464,34 @@ def task():
     return model.requires_grad_(False), x, model(x).argmax(1)
 
 
-def evaluated(turns, model, x, y, **arguments):
-    """The radii and the images after some turns."""
-    logits, images = model(x), x.clone()
+def evaluated(stages, model, x, y, **arguments):
+    """The radii and the images after some stages."""
+    logits, images = model(x), x
     radius = evaluate.first_radius(logits, y)
-    for turn in turns:
-        evaluate.run_attack(turn, model, x, y, evaluate.likeliest_others(logits), radius, images, **arguments)
+    for stage in stages:
+        radius, images = evaluate.run_stage(stage, model, x, y, evaluate.likeliest_others(logits), radius, images,
+                                            **arguments)
     return radius, images
 
 
-def test_autoattack_is_at_most_pgd_at_most_clean_and_all_fall_with_eps(short_square):
-    model, x, y = task()
-    y[:4] = (y[:4] + 1) % 4  # misclassified
-    radii = [0, 0.005, 0.02]
-    together, _ = evaluated(evaluate.standard_turns(radii, torch.empty(40, 3)), model, x, y)
-    auto = [evaluate.accuracy(together, eps) for eps in radii]
-    pgd = [evaluate.pgd_accuracy(model, x, y, eps=eps, steps=20, restarts=2) for eps in radii]
-    assert auto[0] == pgd[0] == 90 and all(a <= p for a, p in zip(auto, pgd))
-    assert auto == sorted(auto, reverse=True) and auto[0] > auto[1] > auto[2]
-    for eps in radii[1:]:  # all together break no fewer than each alone
-        alone = model(evaluate.autoattack(model, x, y, eps=eps)).argmax(1) != y
-        assert (alone <= (together <= eps)).all()
-
-
-def test_turns_are_those_of_standard_autoattack():
+def test_stages_are_those_of_standard_autoattack():
     model, x, y = linear_task(classes=12)
     targets = evaluate.likeliest_others(model(x))
-    assert torch.equal(targets, model(x).sort(dim=1, descending=True).indices[:, 1:10])
+    assert torch.equal(targets, model(x).sort(dim=1, descending=True).indices[:, 1:10])  # nine of eleven
     nine = range(9)
-    assert evaluate.standard_turns([0.2, 0, 0.1], targets) == [
+    assert evaluate.standard_stages([0.2, 0, 0.1], 9) == [
         ("APGD-CE", 0.1, 0), ("APGD-CE", 0.2, 0),
         *(("APGD-T", 0.1, i) for i in nine), *(("APGD-T", 0.2, i) for i in nine), *(("FAB-T", 0.1, i) for i in nine),
         ("Square", 0.1, 0), ("Square", 0.2, 0)]
-    assert evaluate.pgd_turns([0.2, 0, 0.1], 2) == [("PGD", 0.1, 0), ("PGD", 0.1, 1), ("PGD", 0.2, 0), ("PGD", 0.2, 1)]
+    assert evaluate.pgd_stages([0.2, 0, 0.1], 2) == [("PGD", 0.1, 0), ("PGD", 0.1, 1), ("PGD", 0.2, 0), ("PGD", 0.2, 1)]
+
+
+@pytest.mark.parametrize("classes", [2, 3, 6])
+def test_targeted_dlr_is_its_formula(classes):
+    z, y = torch.randn(20, classes, dtype=torch.float64), torch.randint(classes, (20,))
+    target, i, (z1, _, *others) = (y + 1) % classes, torch.arange(20), z.sort(dim=1, descending=True).values.T
+    scale = z1 - sum(others[:2]) / len(others[:2]) if others else 1
+    torch.testing.assert_close(evaluate.targeted_dlr(z, y, target), (z[i, target] - z[i, y]) / scale)
 
 
 def test_one_run_of_fab_serves_larger_radii():
@@ -1796,10 +1504,10 @@ def test_one_run_of_fab_serves_larger_radii():
 
 def test_an_images_verdict_does_not_depend_on_its_batch(short_square):
     model, x, y = task()
-    for turns in ([("PGD", 0.02, 3)], [("APGD-CE", 0.02, 0)],
-                  [("APGD-T", 0.02, 1), ("FAB-T", 0.01, 0), ("Square", 0.01, 0)]):
-        radius, images = evaluated(turns, model, x, y)
-        some_radius, some_images = evaluated(turns, model, x[:20], y[:20], batch_size=1)
+    for stages in ([("PGD", 0.02, 3)], [("APGD-CE", 0.02, 0)],
+                   [("APGD-T", 0.02, 1), ("FAB-T", 0.01, 0), ("Square", 0.01, 0)]):
+        radius, images = evaluated(stages, model, x, y)
+        some_radius, some_images = evaluated(stages, model, x[:20], y[:20], batch_size=1)
         assert 0 < radius[:20].isfinite().sum()
         torch.testing.assert_close(some_radius, radius[:20])
         torch.testing.assert_close(some_images, images[:20])
@@ -1814,14 +1522,13 @@ def test_only_what_is_proved_counts(monkeypatch):
     wrong = (y + 1) % 4
     for images, labels, broken in ((outside, wrong, False), (nan, y, False), (x, y, False), (x, wrong, True)):
         assert (evaluate.proved_radius(model, x, labels, images).isfinite() == broken).all()
-    monkeypatch.setitem(evaluate.ATTACKS, "PGD", (lambda model, x, y, **_: outside, []))
+    monkeypatch.setitem(evaluate.ATTACKS, "PGD", lambda model, x, y, **_: outside)
     assert evaluate.pgd_accuracy(model, x, y, eps=0.1) == 100
 
 
 def test_pgd_makes_its_steps_and_starts_anew_for_each_restart(monkeypatch):
     (model, x, y), seen = task(), []
-    pgd = (lambda model, x, y, **arguments: seen.append(arguments) or x, ["seeds"])
-    monkeypatch.setitem(evaluate.ATTACKS, "PGD", pgd)
+    monkeypatch.setitem(evaluate.ATTACKS, "PGD", lambda model, x, y, **arguments: seen.append(arguments) or x)
     evaluate.pgd_accuracy(model, x, y, eps=0.1, steps=7, restarts=2)
     assert [arguments["steps"] for arguments in seen] == [7, 7]
     assert len(torch.cat([arguments["seeds"] for arguments in seen]).unique(dim=0)) == 2 * len(x)
@@ -1829,7 +1536,7 @@ def test_pgd_makes_its_steps_and_starts_anew_for_each_restart(monkeypatch):
 
 def test_a_tie_goes_to_the_lowest_class_everywhere(short_square):
     """As argmax has it. With more than 16 classes argsort has it otherwise."""
-    model = Layer(lambda x: (20 * x.flatten(1)).clamp(max=1)).eval()
+    model = Layer(lambda x: (40 * x.flatten(1)).clamp(max=2)).eval()
     x = 0.03 + 0.3 * torch.rand(50, 1, 4, 5)
     y = model(x).argmax(1)
     assert (evaluate.likeliest_others(model(x)) != y[:, None]).all()
@@ -1847,21 +1554,6 @@ def test_square_takes_a_tie_that_argmax_gives_away():
     x, y = 0.53 + 0.1 * torch.rand(16, 1, 8, 8), torch.ones(16, dtype=torch.long)
     found = evaluate.square(logits, x, y, eps=0.2, seeds=torch.arange(16))
     assert (evaluate.proved_radius(logits, x, y, found) <= 0.2).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_attacks_on_a_model_of_half_precision_stay_in_the_ball(dtype, short_attacks):
-    warnings.simplefilter("ignore")  # float16 is warned of
-    model, (x, _) = smooth_model().to(dtype).eval(), batch(12)
-    x = x.to(dtype)
-    y = model(x).argmax(1)
-    for eps in (4 / 255, 0.1):
-        for attacked in (pgd_attack(model, x, y, eps=eps), evaluate.autoattack(model, x, y, eps=eps)):
-            assert attacked.dtype == torch.float32 and 0 <= attacked.min() and attacked.max() <= 1
-            assert (attacked - x.float()).abs().max() <= eps + 1e-7
-    broken = model(attacked.to(dtype)).argmax(1) != y
-    accuracy = evaluate.pgd_accuracy(model, x, y, eps=0.1)
-    assert 100 * (~broken).double().mean() <= accuracy < 100
 
 
 def test_fallen_images_are_attacked_no_more():
@@ -1884,22 +1576,19 @@ def test_signs_of_untrustworthy_robustness_are_told(short_attacks):
     evaluate.pgd_accuracy(model, x, y, eps=0.01)  # and nothing is told
     evaluate.autoattack(model, x, y, eps=0.01)
     for doubtful, words in (
-            (copy.deepcopy(model).train(), "train mode"), (copy.deepcopy(model).half(), "float16"),
+            (copy.deepcopy(model).train(), "train mode"),
             (nn.Sequential(model, Layer(lambda z: z + torch.rand_like(z))), "twice"),
             (nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False).double(), model), "mixes the images"),
-            (nn.Sequential(model, nn.Softmax(1)), "probabilities"), (flat, f"{len(x)} of {len(x)} images is zero"),
+            (nn.Sequential(model, nn.Softmax(1)), "probabilities"),
+            (nn.Sequential(model, nn.Sigmoid()), "probabilities"), (flat, f"{len(x)} of {len(x)} images is zero"),
             (nn.Sequential(Layer(lambda x: torch.where(x > 0.1, x.sqrt(), x)), model), "images is zero or nan"),
             (Nan(), "logits are nan on .* of 60 images")):
-        images = x.half() if words == "float16" else x
         for attack in (evaluate.autoattack, evaluate.pgd_accuracy):
             doubtful.train(words == "train mode")
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
-                attack(doubtful, images, y, eps=0.01)
+                attack(doubtful, x, y, eps=0.01)
             assert any(re.search(words, str(warning.message)) for warning in told), words
-    with torch.autocast("cpu", torch.float16), pytest.warns(UserWarning, match="float16"):
-        evaluate.pgd_accuracy(model.float(), x.float(), y, eps=0.01)
-    model.double()
     nan = Nan()(x).isnan().any(1).double().mean().item()
     assert 0 < nan < 1
     with pytest.warns(UserWarning):  # argmax would call it class 0
@@ -1966,7 +1655,7 @@ def test_evaluate_prints_a_table_and_writes_json(checkpoint, capsys):
     capsys.readouterr()
     run(checkpoint, "--sweep", "2", "--steps", "5", "--restarts", "2", "--num-images", "12", script=evaluate)
     rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == 2 + 1 + 3 and [row.split()[1] for row in rows[3:]] == ["ε=0/255", "ε=1/255", "ε=2/255"]
+    assert len(rows) == 2 + 1 + 3 and [row.split()[1] for row in rows[3:]] == [f"eps={k}/255" for k in range(3)]
     assert result(checkpoint.parent, "pgd5x2-12-sweep2.json")["radii"] == [0, 1 / 255, 2 / 255]
     assert len(list(checkpoint.parent.iterdir())) == 4  # with the checkpoint
 
@@ -1995,44 +1684,56 @@ def test_seeds_of_one_setting_have_a_row_of_mean_and_standard_deviation(checkpoi
     assert high > low and rows[3][1] == f"{(high + low) / 2:.2f} ± {(high - low) / 2 ** 0.5:.2f}"
 
 
-def turns_of(*flags, limit=None):
-    """The attacks, PGD's with --steps, that an evaluation runs to their end. The one after `limit` of them is
+def stages_of(*flags, limit=None):
+    """The stages, PGD's with --steps, that an evaluation runs to their end. The one after `limit` of them is
     interrupted at its end."""
-    run_attack, turns = evaluate.run_attack, []
+    run_stage, stages = evaluate.run_stage, []
 
-    def noted(turn, *args, **kwargs):
-        run_attack(turn, *args, **kwargs)
-        if len(turns) == limit:
+    def noted(stage, *args, **kwargs):
+        result = run_stage(stage, *args, **kwargs)
+        if len(stages) == limit:
             raise KeyboardInterrupt
-        turns.append((*turn, kwargs.get("steps")))
+        stages.append((*stage, kwargs.get("steps")))
+        return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "run_attack", noted)
+        patch.setattr(evaluate, "run_stage", noted)
         try:
             run(*flags, script=evaluate)
         except KeyboardInterrupt:
-            assert len(turns) == limit
-    return turns
+            assert len(stages) == limit
+    return stages
 
 
-def test_interrupted_evaluation_goes_on_and_ends_as_undisturbed(checkpoint, short_attacks):
-    rewrite(checkpoint, checkpoint.with_name("a.pt"), seed=5)  # is evaluated first, and not again
-    flags = [checkpoint.with_name("a.pt"), checkpoint, "--attack", "autoattack", "--eps", "40/255",
-             "--num-images", "6"]
-    path, progress = (checkpoint.with_name(f"autoattack-6-eps40{suffix}") for suffix in (".json", ".progress"))
-    turns, undisturbed = turns_of(*flags), result(path.parent, path.name)
+def test_interrupted_evaluation_goes_on_and_a_finished_one_is_not_repeated(checkpoint, short_attacks, capsys):
+    rewrite(checkpoint, checkpoint.with_name("a.pt"), seed=5)
+    flags = [checkpoint, "--attack", "autoattack", "--eps", "40/255", "--num-images", "6"]
+    path = checkpoint.with_name("autoattack-6-eps40.json")
+    stages, undisturbed, table = stages_of(*flags), result(path.parent, path.name), capsys.readouterr().out
+    assert len(stages) == 6 and stages_of(*flags) == [] and capsys.readouterr().out == table
+    assert result(path.parent, path.name) == undisturbed
+    assert len(stages_of(checkpoint.with_name("a.pt"), *flags)) == 6  # of a alone
     path.unlink()
-    assert turns_of(*flags, limit=9) == turns[:9] and not path.exists()
-    left = progress.read_bytes()
-    progress.with_suffix(".progress.tmp").write_bytes(left[:50])  # as a kill leaves it
-    assert turns_of(*flags, "--steps", "3") == turns[9:]  # which AutoAttack has not
-    assert result(path.parent, path.name) == undisturbed and not progress.exists()
+    assert stages_of(*flags, limit=4) == stages[:4] and "robust_accuracy" not in result(path.parent, path.name)
+    left = path.read_bytes()
+    path.with_suffix(".json.1.tmp").write_bytes(left[:50])  # as a kill leaves it
+    assert stages_of(*flags, "--steps", "3") == stages[4:]  # which AutoAttack has not
+    assert result(path.parent, path.name) == undisturbed
 
     rewrite(checkpoint, seed=1)
-    progress.write_bytes(left)  # of another checkpoint now
-    assert turns_of(*flags) == turns and len(turns) == 12 and not progress.exists()
+    path.write_bytes(left)  # of another checkpoint now
+    assert stages_of(*flags) == stages
     assert result(path.parent, path.name)["after"] == undisturbed["after"]
-    assert turns_of(checkpoint, "--eps", "40/255", "--steps", "3", "--num-images", "6") == [("PGD", 40 / 255, 0, 3)]
+    assert stages_of(checkpoint, "--eps", "40/255", "--steps", "3", "--num-images", "6") == [("PGD", 40 / 255, 0, 3)]
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_first_attack(checkpoint, monkeypatch):
+    def refused(path, value):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(evaluate, "write_json", refused)
+    monkeypatch.setattr(evaluate, "run_stage", None)
+    assert "pgd10-12-eps1-2-4.json" in mistake(checkpoint, "--num-images", "12", script=evaluate)
 
 
 def test_two_processes_go_on_as_one(checkpoint, capsys):
@@ -2040,11 +1741,11 @@ def test_two_processes_go_on_as_one(checkpoint, capsys):
     flags = [checkpoint, "--eps", "48/255", "56/255", "1", "--restarts", "2", "--num-images", "12"]
     path = checkpoint.with_name("pgd10x2-12-eps48-56-255.json")
     warnings.simplefilter("ignore")  # the images are not test images
-    assert len(turns_of(*flags)) == 6
+    assert len(stages_of(*flags)) == 6
     one, table = result(path.parent, path.name), capsys.readouterr().out
     assert one["clean_accuracy"] > one["robust_accuracy"][0] > one["robust_accuracy"][1]
-    turns_of(*flags, limit=1)
     path.unlink()
+    stages_of(*flags, limit=1)
     two = start(*flags, launcher=TORCHRUN, script="evaluate.py")
     output, errors = two.communicate(timeout=120)
     assert two.returncode == 0 and output == table, errors
@@ -2072,7 +1773,9 @@ def test_bad_input_of_the_evaluation_is_told(checkpoint, folder, tmp_path):
         (tmp_path / "renamed/val" / name).symlink_to(folder / "val/red")
     for flags, words in [
         ([tmp_path / "none.pt"], "none.pt"), ([], "CHECKPOINT"), ([checkpoint, "--eps", "4/x"], "4/x"),
-        ([checkpoint, "--eps", "2", "--num-images", "12"], "eps"), ([checkpoint, "--num-images", "13"], "12 held-out"),
+        ([checkpoint, "--eps", "2", "--num-images", "12"], "eps"), ([checkpoint, "--num-images", "13"], "12 images"),
+        ([checkpoint, "--eps", "4/255", "--sweep", "2"], "not allowed with"), ([checkpoint, "--data-dir", ""], "empty"),
+        *(([checkpoint, flag, "-1"], f"{flag}: -1") for flag in ("--num-images", "--sweep", "--steps", "--restarts")),
         ([checkpoint, "--num-images", "12", "--data-dir", tmp_path / "renamed"], "yellow"),
         ([checkpoint, "--num-images", "12", "--data-dir", "/nonexistent"], "/nonexistent/val"),
     ]:
@@ -2080,21 +1783,15 @@ def test_bad_input_of_the_evaluation_is_told(checkpoint, folder, tmp_path):
         assert [path.name for path in checkpoint.parent.iterdir()] == ["checkpoint.pt"]
 
 
-def test_a_result_is_of_the_checkpoint_and_the_images_that_it_names(checkpoint, folder, tmp_path, monkeypatch):
-    """The checkpoint is replaced by a training that goes on; the test images are replaced; training images are added,
-    so that those that were held out are others."""
-    load, other = train.load_checkpoint, checkpoint.with_name("other.pt")
-    rewrite(checkpoint, other, bias=[0.0, -1000.0, 0.0])
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "load_checkpoint", lambda *args: [load(*args), shutil.copy(other, checkpoint)][0])
-        assert "was replaced while" in mistake(checkpoint, "--num-images", "12", script=evaluate)
+def test_a_result_is_of_the_images_that_it_names(checkpoint, folder, tmp_path):
+    """Test images are replaced: they are attacked anew. Training images are added: other images would be held out."""
     run(checkpoint, "--num-images", "12", script=evaluate)
     before = result(checkpoint.parent, "pgd10-12-eps1-2-4.json")
     shutil.copytree(folder, tmp_path / "grown")
     shutil.copy(tmp_path / "grown/val/red/0.jpg", tmp_path / "grown/val/red/1.jpg")
     flags = [checkpoint, "--num-images", "12", "--data-dir", tmp_path / "grown"]
-    assert "is of other images: move it away" in mistake(*flags, script=evaluate)
-    assert result(checkpoint.parent, "pgd10-12-eps1-2-4.json") == before
+    assert len(stages_of(*flags)) == 3
+    assert result(checkpoint.parent, "pgd10-12-eps1-2-4.json")["images_sha256"] != before["images_sha256"]
     rewrite(checkpoint, val_images=12, images=36)
     shutil.copy(tmp_path / "grown/val/red/0.jpg", tmp_path / "grown/train/red/new.jpg")
     assert "training images have changed" in mistake(*flags, script=evaluate)
@@ -2118,7 +1815,7 @@ def test_published_checkpoints_are_those_of_the_results_beside_them(path):
     assert len(published.results) == len([*path.parent.glob("*.json")]) > 0 and published.metrics
     model, config = train.load_checkpoint(path)
     if config["dataset"].startswith("shapes"):
-        images, labels = train.held_out(train.load_test_set(config), 1000)
+        images, labels = train.evaluation_images(train.load_evaluation_set(config), 1000)
         clean = 100 * (model(images / 255).argmax(1) == labels).double().mean().item()
         assert clean == pytest.approx(published.results[0]["clean_accuracy"], abs=0.2)
     assert "--resume" in mistake("--output-dir", path.parent)
@@ -2171,7 +1868,7 @@ def rows(figure, count):
 def classified_rightly(loaded):
     """The models of the runs, and the first three held-out images that all of them classify rightly, with labels."""
     data = train.load_dataset(argparse.Namespace(**loaded[0].config), "test")
-    images, labels = train.held_out(data, 12)
+    images, labels = train.evaluation_images(data, 12)
     models = [train.load_checkpoint(run.path / "checkpoint.pt")[0] for run in loaded]
     right = [i for i in range(12) if all(m(images[i:i + 1] / 255).argmax() == labels[i] for m in models)][:3]
     return models, images[right] / 255, labels[right]
@@ -2182,7 +1879,7 @@ def test_gradients_shows_the_input_gradient_of_each_model(runs):
     loaded = drawable(runs)
     models, x, labels = classified_rightly(loaded)
     assert sorted(labels.tolist()) in ([0, 0, 2], [0, 2, 2])
-    every, of_every = train.held_out(train.load_test_set(loaded[0].config), 12)
+    every, of_every = train.evaluation_images(train.load_evaluation_set(loaded[0].config), 12)
     (title, images, captions), *shown = rows(visualize.gradients(loaded, count=3), 4)
     assert title == "image" and torch.equal(images, x) and captions == [["blue", "green", "red"][i] for i in labels]
     for (title, tiles, _), each, model in zip(shown, loaded, models, strict=True):
@@ -2229,7 +1926,7 @@ def test_loss_is_that_of_images_moved_along_the_sign_of_its_gradient(runs):
     loaded = drawable(runs[:2])
     for each in loaded:
         each.config["eps"] = 32 / 255
-    images, labels = train.held_out(train.load_test_set(loaded[0].config), 12)
+    images, labels = train.evaluation_images(train.load_evaluation_set(loaded[0].config), 12)
     drawn = list(curves(visualize.loss(loaded, count=12)).items())
     for each, lines in zip(loaded, (drawn[:3], drawn[3:6])):
         (curve, tangent, star), model = lines, train.load_checkpoint(each.path)[0].double()
@@ -2240,7 +1937,8 @@ def test_loss_is_that_of_images_moved_along_the_sign_of_its_gradient(runs):
         for t, of_curve, of_tangent in zip(curve[1][0], curve[1][1], tangent[1][1], strict=True):
             moved = F.cross_entropy(model((x + t / 255 * x.grad.sign()).clamp(0, 1)), labels).item()
             assert of_curve == pytest.approx(moved, abs=1e-5)
-            linear = F.cross_entropy(model(x), labels).item() + t / 255 * x.grad.abs().sum().item() / 12
+            free = ((x > 0) | (x.grad > 0)) & ((x < 1) | (x.grad < 0))  # at a wall a pixel cannot move outwards
+            linear = F.cross_entropy(model(x), labels).item() + t / 255 * (x.grad.abs() * free).sum().item() / 12
             assert of_tangent == pytest.approx(linear, abs=1e-5)
         assert curve[1][0][0] == 0 and curve[1][0][-1] == pytest.approx(64) and curve[1][0][8] == pytest.approx(32)
         assert star[1][0] == [pytest.approx(32)] and curve[1][1][0] < star[1][1][0]
@@ -2383,7 +2081,8 @@ def test_runs_of_one_method_are_told_apart_whatever_their_names(runs, tmp_path):
                            (({}, {"parent": {"method": "natural"}}), ("from scratch", "from natural"))):
         method = "finite difference" if "h" in changes[0] else "double backprop"
         for path, change in zip((runs[1], tmp_path / "more/gradnorm"), changes):
-            rewrite(path / "checkpoint.pt", **dict(gradnorm_every=1, h=None, seed=0, lambda_gn=1.2, parent=None) | change)
+            same = {"gradnorm_every": 1, "h": None, "seed": 0, "lambda_gn": 1.2, "parent": None}
+            rewrite(path / "checkpoint.pt", **same | change)
         several = drawable([runs[1], tmp_path / "more/gradnorm"])
         assert [run.style["label"].replace("\n", " ") for run in several] == [f"{method}, {name}" for name in names]
 
@@ -2410,22 +2109,6 @@ def test_each_method_has_its_own_colour_and_no_caption_overlaps_another(runs, tm
         assert len(figure.axes) == 3 * count and len(texts) >= 3 + count and not overlapping
 
 
-def test_linked_runs_are_drawn_beside_their_links(runs, tmp_path, capsys):
-    links = tmp_path / "links"
-    links.mkdir()
-    for i, path in enumerate(runs[:2]):
-        shutil.copytree(path, tmp_path / f"elsewhere/job-{i}")
-        (links / path.name).symlink_to(tmp_path / f"elsewhere/job-{i}")
-    (links / "round").symlink_to(links)  # and round for ever
-    run("all", links, script=visualize)
-    assert (links / "accuracy.png").exists() and "left out" not in capsys.readouterr().out
-    run("accuracy", links / "natural", links / "gradnorm", script=visualize)
-    assert capsys.readouterr().out.strip() == str(links / "accuracy.png")
-    assert [path.suffix for path in (tmp_path / "elsewhere").iterdir()] == ["", ""]  # no picture
-    (links / "again").symlink_to(runs[1])
-    assert [run.style["label"] for run in drawable([links / "gradnorm", links / "again"])] == ["gradnorm", "again"]
-
-
 def test_pictures_of_what_is_not_there_are_told(runs, tmp_path, capsys):
     shutil.rmtree(runs[0] / "gradients")
     (runs[0] / "pgd10-12-eps8.json").unlink()
@@ -2437,13 +2120,12 @@ def test_pictures_of_what_is_not_there_are_told(runs, tmp_path, capsys):
         rewrite(tmp_path / name / "checkpoint.pt", **change)
     for flags, words in [
         (["accuracy", tmp_path / "none"], "none"), (["epochs", runs[0]], "gradients/0001.pt"),
-        (["cost", runs[0]], "with ε = 8/255"), (["portrait", runs[0]], "portrait"),
+        (["cost", runs[0]], "with eps 8/255"), (["portrait", runs[0]], "portrait"),
         (["gradients", *runs], "no image is classified rightly"), (["attack", *runs], "no image is classified rightly"),
         (["gradients", runs[2], tmp_path / "strange"], "differ in val_images"),
         (["accuracy", runs[2], tmp_path / "fewer"], "differ in eval_images"),
         (["accuracy", runs[2], tmp_path / "large"], "differ in image_size"),
         (["epochs", runs[2], tmp_path / "fewer"], "differ in eval_images"),
-        (["all", tmp_path / "runs", tmp_path / "more", "--output", tmp_path], "2 folders"),
         (["all", runs[1] / "gradients"], "no runs in"),
     ]:
         assert words in mistake(*flags, script=visualize)

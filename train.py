@@ -4,22 +4,22 @@
     torchrun --standalone --nproc_per_node=8 train.py --method gradnorm        # one machine, 8 GPUs
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...
 
-Read `Objective`, the loss of each method, and `main`, which sets up and holds the loop. What follows, the network, the
-data, checkpoints and the command line, can be skipped at first. A run writes into --output-dir:
+Read `Objective`, the loss of each method; `training_step` and `train_epoch`, the loop; `main`, which sets them up. What
+follows, the network, the data, checkpoints and the command line, can be skipped at first. A run writes into
+--output-dir:
 
     checkpoint.pt         all that --resume needs; train.load_checkpoint gives the model
     metrics.jsonl         one JSON object per epoch
-    gradients/0001.pt     the loss-input gradients of a few held-out images after epoch 1, and so on
+    gradients/0001.pt     the loss-input gradients of a few evaluation images after epoch 1, and so on
 """
 
 import argparse
 import contextlib
 import datetime
-import hashlib
 import json
 import math
 import os
-import sys
+import pickle
 import time
 from collections import Counter
 from fractions import Fraction
@@ -30,7 +30,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -38,155 +37,134 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-import gradnorm
 from gradnorm import gradnorm_loss, gradnorm_loss_finite_difference, input_gradient, pgd_attack
 
 RANK = int(os.environ.get("RANK") or 0)  # these three are set by torchrun
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
 NO_BAR = True if RANK else None  # None: where there is no terminal
-AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Objective(nn.Module):
     """The loss of each method, from images (N, C, H, W) in [0, 1] and their targets.
 
-    A module, so that DDP and torch.compile wrap all of it: attacks and inner gradients call the bare model inside, and
-    only the one final `.backward()` meets DDP's hooks. A fourth method is a branch here, a choice of --method, and a
-    line in METHODS of visualize.py.
+    A module, so that DDP wraps all of it: attacks and inner gradients call the bare model inside, and only the one
+    final `.backward()` meets DDP's hooks. A fourth method is a branch here, a choice of --method, and a line in METHODS
+    of visualize.py.
     """
 
     def __init__(self, model, args):
         super().__init__()
-        self.model, self.args, self.step_size = model, args, args.step_size
-        if self.step_size is None:  # the paper's for PGD-3, Wong et al.'s (ICLR 2020) for one step
-            self.step_size = 2 * args.eps / args.steps if args.steps > 1 else 1.25 * args.eps
+        self.model, self.args = model, args
 
     def forward(self, x, y, ramp, penalise=True):
-        """A scalar. `ramp`, a tensor, rises from 0 to 1 in the warm-up; `penalise` is False in the steps that
-        --gradnorm-every leaves without a penalty."""
+        """A scalar. `ramp` rises from 0 to 1 in the warm-up; `penalise` is False in the steps that --gradnorm-every
+        leaves without a penalty."""
         model, args = self.model, self.args
-        if args.method == "natural":
-            return F.cross_entropy(model(x).float(), y)
+        if args.method == "gradnorm" and penalise:
+            # With the penalty only in every K-th step, K times the weight keeps its mean.
+            lambdas = {"lambda_ce": args.lambda_ce, "lambda_gn": args.lambda_gn * args.gradnorm_every * ramp}
+            if args.h:
+                return gradnorm_loss_finite_difference(model, x, y, eps=args.eps, h=args.h, **lambdas)
+            return gradnorm_loss(model, x, y, eps=args.eps, **lambdas)
 
         if args.method == "adversarial":
-            x = pgd_attack(model, x, y, eps=args.eps, steps=args.steps, step_size=self.step_size * ramp)
-            return F.cross_entropy(model(x).float(), y)
+            x = pgd_attack(model, x, y, eps=args.eps, steps=args.steps, step_size=args.step_size * ramp)
+        weight = args.lambda_ce if args.method == "gradnorm" else 1.0
+        return weight * F.cross_entropy(model(x), y)
 
-        if not penalise:
-            return args.lambda_ce * F.cross_entropy(model(x).float(), y)
-        # With the penalty only in every K-th step, K times the weight keeps its mean.
-        lambdas = {"lambda_ce": args.lambda_ce, "lambda_gn": args.lambda_gn * args.gradnorm_every * ramp}
-        if args.h:
-            return gradnorm_loss_finite_difference(model, x, y, eps=args.eps, h=args.h, **lambdas)
-        return gradnorm_loss(model, x, y, eps=args.eps, **lambdas)
+
+def training_step(objective, optimizer, args, x, y, ramp=1.0, penalise=True):
+    """The loss, before the step."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+        loss = objective(x, y, ramp, penalise)
+    loss.backward()
+    total_norm = nn.utils.clip_grad_norm_(objective.parameters(), max_norm=1.0)  # the paper's
+    if not total_norm.isfinite():  # on every rank, since DDP has averaged the gradients: all stop here together
+        raise FloatingPointError(f"loss {loss}, norm of its gradient {total_norm}: lower --lr or --lambda-gn, or take "
+                                 "--h; the last epoch's checkpoint stays")
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def train_epoch(epoch, model, objective, optimizer, ema, loader, args, device):
+    """The mean loss of the epoch. Its steps are counted from the start of the training."""
+    model.train()
+    if args.init or args.pretrained:  # as in the paper, the statistics of the network that it starts from stay
+        freeze_batchnorm(model)
+    losses, warmup_steps, total_steps = [], args.warmup_epochs * len(loader), args.epochs * len(loader)
+    bar = tqdm(loader, leave=False, desc=f"epoch {epoch + 1}/{args.epochs}", disable=NO_BAR)
+    for step, (x, y) in enumerate(bar, start=epoch * len(loader)):
+        x, y = x.to(device, non_blocking=True).float() / 255, y.to(device, non_blocking=True)
+        x, y = mix_and_smooth(x, y, args)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, warmup_steps, total_steps, args.lr)
+        ramp = step / warmup_steps if step < warmup_steps else 1.0
+        losses.append(training_step(objective, optimizer, args, x, y, ramp, step % args.gradnorm_every == 0))
+        if ema:
+            ema.update_parameters(model)
+    mean = torch.stack(losses).mean()
+    if WORLD_SIZE > 1:
+        dist.all_reduce(mean)
+    return mean.item() / WORLD_SIZE
 
 
 def main():
-    tolerate_ascii()
-    args, parent = parse_args()
+    args = parse_args()
     device = start_process()
+    torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it
+    torch.backends.cudnn.benchmark = True  # all batches of training have one shape
     torch.manual_seed(args.seed)  # the same first weights on every rank
-
-    train_set, test_set, loader = load_data(args, pin_memory=device.type == "cuda")
-    if from_rank_zero(lambda: len(train_set)) != len(train_set):  # DDP would wait for ever for the rank with fewer
-        raise ValueError("the processes have found different numbers of images: give each machine the same data")
-    images, labels = held_out(test_set, args.eval_images)
-    classes = len(train_set.classes)
-    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=classes), v2.CutMix(alpha=1.0, num_classes=classes)])
-    model = first_model(args, parent, images[0], train_set.classes).to(device)
-    config = vars(args) | {"parent": parent, "classes": train_set.classes, "channels": len(model[0].mean),
-                           "pixels": parent["pixels"] if parent else images.shape[-1], "images": len(train_set),
-                           "world_size": WORLD_SIZE}
+    train_set, evaluation_set, loader = load_data(args, pin_memory=device.type == "cuda")
+    images, labels = evaluation_images(evaluation_set, args.eval_images)
+    args.classes, args.images, args.world_size = train_set.classes, len(train_set), WORLD_SIZE
+    model = first_model(args, images[0]).to(device)
+    args.channels, args.pixels = len(model[0].mean), args.parent["pixels"] if args.parent else images.shape[-1]
     objective = Objective(model, args)
-    if args.compile:
-        torch._dynamo.config.optimize_ddp = False  # which would split the graph in the middle of an inner gradient
-        objective.compile()
     if WORLD_SIZE > 1:
         objective = DistributedDataParallel(objective, device_ids=[LOCAL_RANK] if device.type == "cuda" else None)
     optimizer = build_optimizer(model, args)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay)) if args.ema_decay else None
-    warmup_steps, total_steps = round(args.warmup_epochs * len(loader)), args.epochs * len(loader)
-    if ema and args.ema_decay ** total_steps > 0.01:  # with --init it would look like a method without effect
-        raise ValueError(f"--ema-decay {args.ema_decay}: after {total_steps} steps the first weights would still be "
-                         f"{args.ema_decay ** total_steps:.0%} of the average")
-
-    output_dir, first_epoch, metrics = Path(args.output_dir), 0, []
-    path = output_dir / "checkpoint.pt"  # which is there only with --resume
-    checkpoint = from_rank_zero(lambda: read_checkpoint(path) if path.exists() else None)
-    if checkpoint:
-        for name in config.keys() - PLACE:
-            if config[name] != checkpoint["config"].get(name):
-                raise ValueError(f"--resume: {name} is {config[name]}, it was {checkpoint['config'].get(name)}")
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        if ema:
-            ema.load_state_dict(checkpoint["ema"])
-        first_epoch, metrics = checkpoint["epoch"], checkpoint["metrics"]
+    output_dir = Path(args.output_dir)
+    first_epoch, metrics = resume(output_dir / "checkpoint.pt", model, optimizer, ema, args)
     if RANK == 0:
         (output_dir / "gradients").mkdir(parents=True, exist_ok=args.resume)  # of two runs at once, one stops here
-        print(f"{args.method} training of {args.model} on {args.dataset}: {len(train_set)} images, {classes} classes, "
-              f"{WORLD_SIZE} process(es) on {device.type}; {output_dir}, {first_epoch} of {args.epochs} epochs done",
-              flush=True)
+        start = f" from epoch {args.parent['epoch']} of {args.parent['epochs']} of {args.init}" if args.init else ""
+        print(f"{args.method} training of {args.model}{start} on {args.dataset}: {len(train_set)} images, "
+              f"{len(args.classes)} classes, {WORLD_SIZE} process(es) on {device.type}; {output_dir}, {first_epoch} of "
+              f"{args.epochs} epochs done", flush=True)
 
     for epoch in range(first_epoch, args.epochs):
         # An epoch's noise is a function of (seed, epoch, rank): a resumed run needs no random state but these.
         torch.manual_seed(int(np.random.SeedSequence([args.seed, epoch, RANK]).generate_state(1)[0]))
         loader.sampler.set_epoch(epoch)
-        model.train()
-        if args.init:  # as in the paper, the statistics of the network that it starts from stay
-            freeze_batchnorm(model)
-        losses, start = [], time.perf_counter()
-        bar = tqdm(loader, leave=False, desc=f"epoch {epoch + 1}/{args.epochs}", disable=NO_BAR)
-        for step, (x, y) in enumerate(bar, start=epoch * len(loader)):
-            x = x.to(device, non_blocking=True).float() / 255
-            y = y.to(device, non_blocking=True)
-            if args.augment == "strong":  # the paper's mixup or cutmix: targets become class probabilities
-                x, y = mix(x, y)
-            if args.label_smoothing:
-                y = smooth(y, classes, args.label_smoothing)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, warmup_steps, total_steps, args.lr)
-            # A tensor, since torch.compile would compile anew for each number.
-            ramp = torch.full((), step / warmup_steps if step < warmup_steps else 1.0, device=device)
-
-            with torch.autocast(device.type, AMP_DTYPES[args.amp], enabled=args.amp != "off"):
-                loss = objective(x, y, ramp, penalise=step % args.gradnorm_every == 0)
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            total_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)  # the paper's
-            scaler.step(optimizer)  # skips a step whose fp16 gradients overflowed
-            scaler.update()
-            optimizer.zero_grad()
-            if ema:
-                ema.update_parameters(model)
-
-            losses.append(loss.detach())
-            stop_if_not_finite(total_norm, loss, scaler, f"epoch {epoch + 1}, step {step + 1} of {total_steps}")
+        start = time.perf_counter()
+        loss = train_epoch(epoch, model, objective, optimizer, ema, loader, args, device)
         seconds = time.perf_counter() - start
-
-        mean_loss = mean_over_ranks(torch.stack(losses).nanmean())  # the loss of a step that fp16 skipped may be nan
         if RANK == 0:  # the others wait for it in their next step
             kept = ema.module if ema else model  # what load_checkpoint will give
-            metrics.append({"epoch": epoch + 1, "loss": mean_loss, "lr": optimizer.param_groups[0]["lr"],
-                            "seconds": seconds, **validate(kept, images, labels, args.eps, args.batch_size, device)})
-            save_gradients(output_dir / f"gradients/{epoch + 1:04d}.pt", kept, images[:4], labels[:4], device)
-            with atomic_write(output_dir / "metrics.jsonl") as file:
-                file.writelines(json.dumps(line).encode() + b"\n" for line in metrics)
-            with atomic_write(path) as file:  # the last: after a kill before it, the epoch is repeated
-                torch.save({"model": model.state_dict(), "ema": ema.state_dict() if ema else None,
-                            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                            "epoch": epoch + 1, "metrics": metrics, "config": config}, file)
+            metrics.append({"epoch": epoch + 1, "loss": loss, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
+                            **validate(kept, images, labels, args.eps, args.batch_size, device)})
+            few, their_labels = images[:4].clone(), labels[:4].clone()  # a view would be saved with all behind it
+            gradients = input_gradient(kept, few.to(device).float() / 255, their_labels.to(device)).bfloat16().cpu()
+            write_epoch(output_dir, model, ema, optimizer, metrics,
+                        {"images": few, "labels": their_labels, "gradients": gradients}, args)
             print("  ".join(f"{name} {value:.4g}" for name, value in metrics[-1].items()), flush=True)
     leave_processes()
 
 
-def smooth(y, classes, label_smoothing):
-    """Targets, class indices (N,) or probabilities (N, classes), with a share of each spread over all classes."""
-    y = y if y.is_floating_point() else F.one_hot(y, classes).float()
-    return (1 - label_smoothing) * y + label_smoothing / classes
+def mix_and_smooth(x, y, args):
+    """A batch after the paper's mixup or cutmix (--augment strong) and --label-smoothing. Its targets are then class
+    probabilities (N, classes)."""
+    classes, share = len(args.classes), args.label_smoothing
+    if args.augment == "strong":
+        x, y = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=classes),
+                                v2.CutMix(alpha=1.0, num_classes=classes)])(x, y)
+    if share:
+        y = y if y.is_floating_point() else F.one_hot(y, classes).float()
+        y = (1 - share) * y + share / classes
+    return x, y
 
 
 def learning_rate(step, warmup_steps, total_steps, peak, floor=1e-5):
@@ -196,15 +174,6 @@ def learning_rate(step, warmup_steps, total_steps, peak, floor=1e-5):
         return floor + (peak - floor) * step / warmup_steps
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
     return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def stop_if_not_finite(total_norm, loss, scaler, place):
-    """DDP averages a nan into every rank's gradients: all ranks stop here together. In fp16 some overflow is normal:
-    GradScaler skips the step and halves its scale. Below a scale of 1 it is no accident."""
-    if total_norm.isfinite() or scaler.is_enabled() and scaler.get_scale() >= 1:
-        return
-    raise FloatingPointError(f"loss {loss.item()}, norm of its gradient {total_norm.item()} in {place}: lower --lr or "
-                             "--lambda-gn; the last epoch's checkpoint stays")
 
 
 def validate(model, images, labels, eps, batch_size, device):
@@ -223,13 +192,6 @@ def validate(model, images, labels, eps, batch_size, device):
             robust += (right & ~misclassified(model(adversarial), y)).sum().item()
     return {"clean_accuracy": 100 * clean / len(images), "pgd10_accuracy": 100 * robust / len(images),
             "gradient_norm": gradient_norm / len(images)}
-
-
-def save_gradients(path, model, images, labels, device):
-    """Images (N, C, H, W) uint8, their labels, and ∇x L of each."""
-    gradients = input_gradient(model, images.to(device).float() / 255, labels.to(device)).bfloat16().cpu()
-    with atomic_write(path) as file:  # clones, since all images behind a view would be saved with it
-        torch.save({"images": images.clone(), "labels": labels.clone(), "gradients": gradients}, file)
 
 
 def misclassified(logits, y):
@@ -300,18 +262,15 @@ def build_model(name, channels, classes, activation=None, pretrained=False, imag
     """A model from pixels (N, `channels`, H, W) to logits (N, `classes`): ConvNet, or torchvision's of that name with
     the normalisation of its weights. `activation` replaces every ReLU, GELU and SiLU module. ConvNet and ViTs are
     built for their `image_size`."""
-    if name in ("googlenet", "inception_v3"):
-        raise ValueError(f"{name} returns auxiliary logits beside the logits")
     if name == "convnet":
         model = nn.Sequential(Normalize([0.5] * channels, [0.25] * channels), ConvNet(channels, classes, image_size))
     else:
-        size = {"image_size": image_size} if name.startswith("vit_") else {}  # the others take any, or their weights'
-        network = (torchvision.models.get_model(name, weights="DEFAULT") if pretrained
-                   else torchvision.models.get_model(name, num_classes=classes, **size))
-        preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
-        model = nn.Sequential(Normalize(preset.mean, preset.std), network)
-        if pretrained and classes != 1000:
-            replace_head(model, classes)
+        weights = torchvision.models.get_model_weights(name).DEFAULT
+        size = {"image_size": image_size} if name.startswith("vit_") and not pretrained else {}  # the others take any
+        network = torchvision.models.get_model(name, num_classes=classes, **size)
+        if pretrained:
+            load_matching(network, weights.get_state_dict())
+        model = nn.Sequential(Normalize(weights.transforms().mean, weights.transforms().std), network)
     replaced = 0
     for module in list(model.modules()):
         # No dropout and no drop-path, as in the paper: every pass of a step must see the same network.
@@ -326,14 +285,10 @@ def build_model(name, channels, classes, activation=None, pretrained=False, imag
     return model
 
 
-def replace_head(model, classes):
-    """A fresh last layer, for other classes."""
-    name, head = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
-    if isinstance(head, nn.Linear):
-        fresh = nn.Linear(head.in_features, classes, bias=head.bias is not None)
-    else:
-        fresh = nn.Conv2d(head.in_channels, classes, head.kernel_size)
-    model.set_submodule(name, fresh)
+def load_matching(model, weights):
+    """All weights but those of a head for another number of classes, which stays as it was drawn."""
+    shapes = {name: own.shape for name, own in model.state_dict().items()}
+    model.load_state_dict({name: w for name, w in weights.items() if w.shape == shapes[name]}, strict=False)
 
 
 def freeze_batchnorm(model):
@@ -342,13 +297,17 @@ def freeze_batchnorm(model):
             module.eval()
 
 
-def first_model(args, parent, image, classes):
-    """The network before its first step: that of --init, or a new one for such images and classes (names)."""
-    if not parent:
-        return build_model(args.model, len(image), len(classes), args.activation, args.pretrained, image.shape[-1])
-    model, _ = load_checkpoint(args.init)
-    if parent["classes"] != classes:
-        replace_head(model, len(classes))
+def first_model(args, image):
+    """The network before its first step: that of --init, or a new one for such images (C, H, W) and args.classes."""
+    if not args.init:
+        return build_model(args.model, len(image), len(args.classes), args.activation, args.pretrained, image.shape[-1])
+    parent = args.parent
+    # The same classes are taken for the same images. Where these have become more or fewer, others are held out.
+    grown = args.images + args.val_images != parent["images"] + parent["val_images"]
+    if args.val_images and parent["classes"] == args.classes and (grown or args.val_images > parent["val_images"]):
+        raise ValueError(f"--val-images {args.val_images}: {args.init} was trained on some of these images")
+    model = build_model(args.model, parent["channels"], len(args.classes), args.activation, image_size=parent["pixels"])
+    load_matching(model, load_checkpoint(args.init)[0].state_dict())
     return model
 
 
@@ -356,26 +315,26 @@ def first_model(args, parent, image, classes):
 
 
 def load_data(args, pin_memory):
-    """The training set, the held-out set, and this rank's batches of the former, shuffled anew by `sampler.set_epoch`:
-    images (N, C, H, W) uint8 and targets (N,)."""
-    with first_on_each_machine():  # which may download
-        train_set, test_set = load_dataset(args, "train"), load_dataset(args, "test")
-    classes = train_set.classes
-    if len(classes) < 2:  # of which any network is right on all images
-        raise ValueError(f"the data have one class, {classes}: --data-dir DIR means DIR/train/CLASS/IMAGE")
-    if test_set.classes != classes:
-        raise ValueError(f"train/ and val/ have different classes: {sorted({*classes} ^ {*test_set.classes})[:5]}")
+    """The training set, the set to evaluate on, and this rank's batches of the former, shuffled anew by
+    `sampler.set_epoch`: images (N, C, H, W) uint8 and targets (N,)."""
+    if WORLD_SIZE > 1 and LOCAL_RANK > 0:
+        dist.barrier()  # until the first process of this machine has downloaded them
+    train_set, evaluation_set = load_dataset(args, "train"), load_dataset(args, "test")
+    if WORLD_SIZE > 1 and LOCAL_RANK == 0:
+        dist.barrier()
+    if evaluation_set.classes != train_set.classes:
+        differing = sorted({*train_set.classes} ^ {*evaluation_set.classes})[:5]
+        raise ValueError(f"train/ and val/ have different classes: {differing}")
     if args.batch_size * WORLD_SIZE > len(train_set):
         raise ValueError(f"--batch-size {args.batch_size} x {WORLD_SIZE} is more than the {len(train_set)} images")
     slow = args.dataset == "imagefolder" or args.augment == "strong"  # then worker processes are worth their start
     loader = DataLoader(train_set, args.batch_size, drop_last=True, pin_memory=pin_memory,
                         num_workers=args.workers if slow else 0,
                         sampler=DistributedSampler(train_set, WORLD_SIZE, RANK, seed=args.seed, drop_last=True))
-    return train_set, test_set, loader
+    return train_set, evaluation_set, loader
 
 
-DATASETS = ["shapes", "shapes-clean", "imagenette", "fashion-mnist", "cifar10", "imagefolder"]
-IMAGENETTE = {"train": (9469, 10), "val": (3925, 10)}  # images, classes; an extraction cut short leaves fewer
+IMAGENETTE = {"train": 9469, "val": 3925}  # images; an extraction that was cut short leaves fewer
 
 
 def load_dataset(args, part):
@@ -388,7 +347,7 @@ def load_dataset(args, part):
         crop = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)])
         transform = train_transform(args, size, v2.RandomResizedCrop(size), crop) if training else crop
         dataset = torchvision.datasets.ImageFolder(folder / ("train" if from_train_part else "val"),
-                                                   v2.Compose([v2.PILToTensor(), transform]), loader=read_image)
+                                                   v2.Compose([v2.PILToTensor(), transform]))
     else:
         images, targets, classes = read_images(args, folder, from_train_part)
         side = images.shape[-1]
@@ -403,6 +362,8 @@ def load_dataset(args, part):
             chosen = torch.from_numpy(np.setdiff1d(np.arange(len(dataset)), chosen))
         dataset = Subset(dataset, chosen.tolist())
         dataset.classes, dataset.targets = classes, targets[chosen]
+        if training and (missing := {*range(len(classes))} - {*dataset.targets.tolist()}):
+            raise ValueError(f"--val-images {args.val_images} holds out all images of {classes[min(missing)]}")
     if training and args.dataset == "shapes":  # after the choice above, so that held-out images keep their true labels
         whole.targets = mislabel(whole.targets)
     return dataset
@@ -428,12 +389,11 @@ def read_images(args, folder, train_part):
     if args.dataset == "imagenette":  # photographs of ten classes, decoded once, a little larger than the crop
         side = args.image_size * 9 // 8
         decode = v2.Compose([v2.PILToTensor(), v2.Resize(side), v2.CenterCrop(side)])
-        part, place = "train" if train_part else "val", folder / "imagenette2-160"
+        part = "train" if train_part else "val"
         data = torchvision.datasets.Imagenette(folder, part, "160px", download=True, transform=decode)  # if not there
-        found, whole = (len(data), len(data.classes)), IMAGENETTE[part]
-        if found != whole:
-            raise ValueError(f"{place} has {found[0]} images of {found[1]} classes in {part}/, not {whole[0]} of "
-                             f"{whole[1]}: remove it, and it is downloaded anew")
+        if len(data) != IMAGENETTE[part]:
+            raise ValueError(f"{folder}/imagenette2-160/{part} has {len(data)} images, not {IMAGENETTE[part]}: remove "
+                             "imagenette2-160, and it is downloaded anew")
         images, targets = zip(*tqdm(data, desc="decoding", leave=False, disable=NO_BAR))
         return torch.stack(images), torch.tensor(targets), [names[0] for names in data.classes]
     source = torchvision.datasets.CIFAR10 if args.dataset == "cifar10" else torchvision.datasets.FashionMNIST
@@ -443,34 +403,20 @@ def read_images(args, folder, train_part):
     return images, torch.as_tensor(data.targets), data.classes
 
 
-def read_image(path):
-    """An image file as a PIL image of RGB bytes; what is transparent is white, as a viewer shows it."""
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):  # which convert would clip to white
-                raise ValueError(f"its pixels are {image.mode}, not bytes")
-            if "A" in image.mode or "transparency" in image.info:  # which convert would drop
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except Exception as error:  # PIL does not name the file whose end is missing
-        raise OSError(f"cannot read the image {path}: {error}") from error
+def load_evaluation_set(config, data_dir=None):
+    """The images that a run with this configuration is evaluated on."""
+    dataset = load_dataset(argparse.Namespace(**config | {"data_dir": data_dir or config["data_dir"]}), "test")
+    if dataset.classes != config["classes"]:
+        raise ValueError(f"the data have the classes {dataset.classes}, the model {config['classes']}")
+    if config["val_images"] and len(dataset.dataset) - len(dataset) != config.get("images"):
+        raise ValueError(f"the training images have changed: some of the {len(dataset)} held out may be trained on")
+    return dataset
 
 
-def load_test_set(config, data_dir=None):
-    """What a run with this configuration is evaluated on."""
-    test_set = load_dataset(argparse.Namespace(**config | {"data_dir": data_dir or config["data_dir"]}), "test")
-    if test_set.classes != config["classes"]:
-        raise ValueError(f"the data have the classes {test_set.classes}, the model {config['classes']}")
-    if config["val_images"] and len(test_set.dataset) - len(test_set) != config.get("images"):
-        raise ValueError(f"the training images have changed: some of the {len(test_set)} held out may be trained on")
-    return test_set
-
-
-def held_out(test_set, n):
+def evaluation_images(dataset, n):
     """n of the images, (n, C, H, W) uint8, and their targets: always the same, the classes in equal parts."""
-    chosen = balanced_subset(test_set.targets, n)
-    return torch.stack([test_set[i][0] for i in chosen]), torch.as_tensor(test_set.targets)[chosen]
+    chosen = balanced_subset(dataset.targets, n)
+    return torch.stack([dataset[i][0] for i in chosen]), torch.as_tensor(dataset.targets)[chosen]
 
 
 def train_transform(args, size, random_crop, crop):
@@ -552,35 +498,33 @@ def mislabel(targets, classes=10, share=0.1):
 # Checkpoints
 
 
-# Flags that say where a run is made, not what it learns; what --init brings is in `parent`. (The number of workers
-# changes the noise of augmentation.)
-PLACE = {"output_dir", "resume", "data_dir", "workers", "init"}
+# Flags that do not change what a run learns. (--init does, by `parent`; the number of workers changes the noise of
+# augmentation alone.)
+PLACES = {"output_dir", "resume", "data_dir", "workers", "init"}
 
 
-def recipe(config):
+def experiment(config):
     """The part of a configuration that the runs of one experiment share, whatever their seeds."""
-    return {name: value for name, value in config.items() if name not in PLACE | {"seed", "eval_images"}}
+    return {name: value for name, value in config.items() if name not in PLACES | {"seed", "eval_images"}}
 
 
 def checkpoint_path(path):
     """A folder of a run stands for its checkpoint.pt."""
-    path = Path(path)
+    path = Path(path_type(path))
     return path / "checkpoint.pt" if path.is_dir() else path
 
 
 def read_checkpoint(path):
-    return torch.load(checkpoint_path(path), map_location="cpu", weights_only=True)  # never unpickles code
-
-
-def file_sha256(path):
-    """Which checkpoint a result is of."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    try:
+        return torch.load(checkpoint_path(path), map_location="cpu", weights_only=True)  # never unpickles code
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        raise ValueError(f"{path} is no checkpoint of train.py, or no whole one") from None
 
 
 def load_checkpoint(path, device="cpu"):
     """The model of a checkpoint, in eval mode, and its configuration, a dict of train.py's flags, `classes` (names),
-    `channels`, `pixels` (the side of its images), `parent` (the recipe of the run that --init named, or None) and
-    `epoch`, the last one trained. The averaged weights if it was trained with --ema-decay."""
+    `channels`, `pixels` (the side of its images), `parent` (the `experiment` of the run that --init named, or None)
+    and `epoch`, the last one trained. The averaged weights if it was trained with --ema-decay."""
     checkpoint = read_checkpoint(path)
     config = checkpoint["config"] | {"epoch": checkpoint["epoch"]}
     model = build_model(config["model"], config["channels"], len(config["classes"]), config["activation"],
@@ -592,10 +536,36 @@ def load_checkpoint(path, device="cpu"):
     return model.eval().to(device), config
 
 
+def resume(path, model, optimizer, ema, args):
+    """How many epochs are done, and their metrics. Where there is a checkpoint, all state is brought back."""
+    checkpoint = from_rank_zero(lambda: read_checkpoint(path) if path.exists() else None)  # there only with --resume
+    if not checkpoint:
+        return 0, []
+    for name in vars(args).keys() - PLACES:
+        if getattr(args, name) != checkpoint["config"].get(name):
+            raise ValueError(f"--resume: {name} is {getattr(args, name)}, it was {checkpoint['config'].get(name)}")
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    if ema:
+        ema.load_state_dict(checkpoint["ema"])
+    return checkpoint["epoch"], checkpoint["metrics"]
+
+
+def write_epoch(output_dir, model, ema, optimizer, metrics, gradients, args):
+    epoch = len(metrics)
+    with atomic_write(output_dir / f"gradients/{epoch:04d}.pt") as file:
+        torch.save(gradients, file)
+    with atomic_write(output_dir / "metrics.jsonl") as file:
+        file.writelines(json.dumps(line).encode() + b"\n" for line in metrics)
+    with atomic_write(output_dir / "checkpoint.pt") as file:  # the last: after a kill before it, the epoch is repeated
+        torch.save({"model": model.state_dict(), "ema": ema.state_dict() if ema else None, "epoch": epoch,
+                    "optimizer": optimizer.state_dict(), "metrics": metrics, "config": vars(args)}, file)
+
+
 @contextlib.contextmanager
 def atomic_write(path):
     """A binary file to write, which takes the place of `path` at the end, whole, or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process may write the same file
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -615,44 +585,16 @@ def start_process():
     device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    missing = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-               if not os.environ.get(name)]
-    if missing and (RANK, LOCAL_RANK, WORLD_SIZE) != (0, 0, 1):  # a rank 1 of one process would write nothing
-        raise ValueError(f"the environment has some of torchrun's variables, but not {', '.join(missing)}")
     if WORLD_SIZE > 1:
         backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1), device_id=device_id)
     return device
 
 
-@contextlib.contextmanager
-def prefer_speed():
-    """For training and its benchmark. A notebook in which they ran goes on as before."""
-    torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it
-    torch.backends.cudnn.benchmark = True  # all batches of training have one shape
-    gradnorm.CHECK_VALUES = False  # pixels are bytes / 255, and targets those of the data set
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.benchmark = False
-        gradnorm.CHECK_VALUES = True
-
-
 def leave_processes():
     if WORLD_SIZE > 1:
         dist.barrier()  # rank 0 may have more to do
         dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def first_on_each_machine():
-    """The first process of each machine runs the body, which may download, before the others do."""
-    if WORLD_SIZE > 1 and LOCAL_RANK > 0:
-        dist.barrier()
-    yield
-    if WORLD_SIZE > 1 and LOCAL_RANK == 0:
-        dist.barrier()
 
 
 def from_rank_zero(read):
@@ -663,28 +605,33 @@ def from_rank_zero(read):
     return values[0]
 
 
-def mean_over_ranks(value):
-    if WORLD_SIZE > 1:
-        dist.all_reduce(value)
-    return value.item() / WORLD_SIZE
-
-
-# Command line
+# Command line: types of argparse, and the flags
 
 
 def zero_to_one(text):
-    """An argparse type: a share, or a number in pixels, which may be a fraction, such as 4/255."""
+    """A share, or a number in pixels, which may be a fraction, such as 4/255."""
     value = float(Fraction(text))
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not within [0, 1]; 4 of 255 grey levels are 4/255")
     return value
 
 
-def tolerate_ascii():
-    """A screen without ε prints a question mark. The streams of a notebook have no `reconfigure`."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+def count(text):
+    """1 or more."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
+
+def count_or_0(text):
+    return 0 if text == "0" else count(text)
+
+
+def path_type(text):
+    """Not the empty "$UNSET" of a shell, and ~ where the shell has left it, as in --output-dir=~/runs."""
+    if not str(text):
+        raise argparse.ArgumentTypeError("the path is empty")
+    return os.path.expanduser(text)
 
 
 def make_parser():
@@ -697,74 +644,74 @@ def make_parser():
     add("--lambda-ce", default=0.8, type=float, help="gradnorm: weight of the cross-entropy")
     add("--lambda-gn", default=1.2, type=float, help="gradnorm: weight of the gradient norm")
     add("--h", type=zero_to_one, help="gradnorm: step of the finite difference, such as 2/255; else double backprop")
-    add("--gradnorm-every", default=1, type=int, metavar="K", help="gradnorm: penalty in every K-th step, K times it")
-    add("--steps", default=3, type=int, metavar="N", help="adversarial: steps of PGD")
+    add("--gradnorm-every", default=1, type=count, metavar="K", help="gradnorm: penalty in every K-th step, K times it")
+    add("--steps", default=3, type=count, metavar="N", help="adversarial: steps of PGD")
     add("--step-size", type=zero_to_one, help="adversarial: in pixels; by default 2ε/N, and 1.25ε for N = 1")
 
-    add("--dataset", default="shapes", choices=DATASETS,
-        help="shapes is drawn, with a tenth of the training labels random, shapes-clean with none; three are downloaded")
-    add("--data-dir", help="where the data are, or go; for imagefolder it holds train/ and val/")
-    add("--val-images", default=0, type=int, help="evaluate on so many held-out training images, to choose settings")
-    add("--image-size", type=int, help="imagenette (photographs of 160 pixels): by default 64; imagefolder: 224")
+    add("--dataset", default="shapes",
+        choices=["shapes", "shapes-clean", "imagenette", "fashion-mnist", "cifar10", "imagefolder"],
+        help="shapes are drawn, a tenth of the training labels random, in shapes-clean none; three are downloaded")
+    add("--data-dir", type=path_type, help="where the data are, or go; for imagefolder it holds train/ and val/")
+    add("--val-images", default=0, type=count_or_0, metavar="N",
+        help="hold so many training images out and evaluate on them, to choose settings")
+    add("--image-size", type=count, help="imagenette (photographs of 160 pixels): by default 64; imagefolder: 224")
     add("--augment", default="none", choices=["none", "basic", "strong"], help="crop and flip; the paper's recipe")
     add("--model", help="convnet, the default, or a classifier of torchvision, such as resnet50, swin_b or vit_b_16")
     add("--activation", choices=list(ACTIVATIONS), help="in the place of every ReLU, GELU and SiLU module")
-    add("--init", metavar="CHECKPOINT", help="start from another run's weights: its model, activation, BatchNorm")
-    add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
+    add("--init", type=path_type, metavar="CHECKPOINT",
+        help="start from another run's weights: its model, activation, image size and frozen BatchNorm")
+    add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights; BatchNorm is frozen")
 
-    add("--epochs", default=6, type=int, help="passes over the training images")
-    add("--batch-size", default=128, type=int, help="images per process and step")
+    add("--epochs", default=6, type=count, help="passes over the training images")
+    add("--batch-size", default=128, type=count, help="images per process and step")
     add("--optimizer", default="adamw", choices=["adamw", "sgd"], help="sgd wants a --weight-decay near 5e-4")
     add("--lr", type=float, help="peak learning rate; by default 1e-2 for convnet, 1e-3 for the others")
-    add("--warmup-epochs", type=float, help="rise of learning rate, penalty and training attack's step; by default 2")
+    add("--warmup-epochs", type=count_or_0, metavar="N",
+        help="linear rise of learning rate, penalty and training attack's step; by default 2")
     add("--weight-decay", default=0.05, type=float, help="not on norms and biases")
     add("--label-smoothing", default=0.0, type=zero_to_one, help="share of each target, spread over all classes")
-    add("--ema-decay", default=0.0, type=float, help="keep an average of the weights; the paper's is 0.9998; 0: none")
+    add("--ema-decay", default=0.0, type=zero_to_one, metavar="D",
+        help="average the weights over about 1 / (1 - D) steps, which must be far fewer than all; the paper: 0.9998")
 
-    add("--output-dir", help="where the run is written; by default runs/METHOD")
+    add("--output-dir", type=path_type, help="where the run is written; by default runs/METHOD")
     add("--resume", action="store_true", help="continue from the checkpoint in --output-dir; start if there is none")
-    add("--amp", default="off", choices=list(AMP_DTYPES), help="mixed precision in training")
-    add("--compile", action="store_true", help="torch.compile the objective; takes minutes to start")
-    add("--workers", default=min(8, os.cpu_count()), type=int, help="loading processes per training process")
-    add("--eval-images", default=250, type=int, help="held-out images to evaluate on after each epoch")
-    add("--seed", default=0, type=int, help="of the weights, the order of images and all noise")
+    add("--amp", default="off", choices=["off", "bf16"], help="mixed precision in training")
+    add("--workers", default=min(8, os.cpu_count()), type=count_or_0, help="loading processes per training process")
+    add("--eval-images", default=250, type=count, help="images to evaluate on after each epoch")
+    add("--seed", default=0, type=count_or_0, help="of the weights, the order of images and all noise")
     return parser
 
 
 def parse_args():
-    """The settings, complete, and the recipe of the run that --init names, or None."""
+    """The settings, complete. `parent` is the experiment of the run that --init names, or None."""
     parser = make_parser()
-    args, parent = parser.parse_args(), None
-    args.output_dir = args.output_dir or f"runs/{args.method}"
+    args = parser.parse_args()
+    args.parent, args.output_dir = None, args.output_dir or f"runs/{args.method}"
     if not args.resume and os.path.isdir(args.output_dir) and os.listdir(args.output_dir):
         parser.error(f"{args.output_dir} holds a run: continue it with --resume, or choose another --output-dir")
     if args.warmup_epochs is None:
         args.warmup_epochs = min(2, args.epochs)
     if args.warmup_epochs > args.epochs:
         parser.error(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
+    if args.step_size is None:  # the paper's for PGD-3, Wong et al.'s (ICLR 2020) for one step
+        args.step_size = 2 * args.eps / args.steps if args.steps > 1 else 1.25 * args.eps
     if args.init:
         if args.model or args.activation or args.pretrained:
             parser.error("--init brings its model: leave out --model, --activation and --pretrained")
-        config = read_checkpoint(args.init)["config"]
-        args.model, args.activation, parent = config["model"], config["activation"], recipe(config)
-        if args.dataset == config["dataset"] and args.val_images > config["val_images"]:
-            parser.error(f"--val-images {args.val_images}: {args.init} was trained on some of these images")
+        checkpoint = read_checkpoint(args.init)
+        args.parent = experiment(checkpoint["config"]) | {"epoch": checkpoint["epoch"]}
+        args.model, args.activation = args.parent["model"], args.parent["activation"]
     args.model = args.model or "convnet"
     if args.pretrained and args.model == "convnet":
         parser.error("--pretrained: convnet has no ImageNet weights; choose another --model")
     if args.pretrained and args.dataset == "imagenette":
         parser.error("--pretrained: ImageNet's training images include the test images of --dataset imagenette")
-    image_sizes = {"imagenette": 64, "imagefolder": 224}
-    if args.image_size and args.dataset not in image_sizes:
-        parser.error(f"--image-size: the images of --dataset {args.dataset} have a size of their own")
-    if args.data_dir and args.dataset.startswith("shapes"):
-        parser.error("--data-dir: shapes are drawn; choose another --dataset")
-    args.image_size = args.image_size or image_sizes.get(args.dataset)
+    if args.dataset in ("imagenette", "imagefolder") and not args.image_size:
+        args.image_size = args.parent["pixels"] if args.init else {"imagenette": 64, "imagefolder": 224}[args.dataset]
     if args.lr is None:
         args.lr = 1e-2 if args.model == "convnet" else 1e-3
-    return args, parent
+    return args
 
 
 if __name__ == "__main__":
-    with prefer_speed():
-        main()
+    main()

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from torchvision.utils import make_grid
 
 import train
-from evaluate import attack_name
+from evaluate import attack_name, file_sha256
 from gradnorm import input_gradient, pgd_attack
 
 # A method has the same colour in every picture; these can be told apart by colour-blind readers (Okabe, Ito, 2008).
@@ -84,11 +84,11 @@ def models_and_images(runs, count):
     `count` that all models classify rightly, the classes in turn, and the names of these images' classes."""
     config = runs[0].config
     models = [train.load_checkpoint(run.checkpoint)[0] for run in runs]
-    images, labels = train.held_out(train.load_test_set(config), 200)
+    images, labels = train.evaluation_images(train.load_evaluation_set(config), 200)
     x = images.float() / 255
     with torch.no_grad():
         right = torch.stack([model(x).argmax(1) == labels for model in models]).all(0)
-    chosen = right.nonzero()[:count, 0]  # held_out lets the classes take turns
+    chosen = right.nonzero()[:count, 0]  # in which the classes alternate
     if not len(chosen):
         raise ValueError("no image is classified rightly by all models: train them longer")
     return models, x, labels, chosen, [config["classes"][label] for label in labels[chosen]]
@@ -135,7 +135,7 @@ def epochs(runs, columns=10):
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
         ax.set_title(f"{run.style['label']}: ∇x L after epoch", color=run.style["color"], loc="left")
-        plot(curve, run, *column(run, "gradient_norm"))
+        plot(curve, run, values(run, "epoch"), values(run, "gradient_norm"))
     curve.set_yscale("log")
     curve.locator_params(axis="y", subs=(1, 2, 5))
     curve.yaxis.set_major_formatter("{x:g}")
@@ -152,8 +152,8 @@ def accuracy(runs):
     must_agree(runs, "eval_images")
     figure, ax = curves()
     for run in runs:
-        plot(ax, run, *column(run, "clean_accuracy"))
-        plot(ax, run, *column(run, "pgd10_accuracy"), linestyle="--", label="_")
+        plot(ax, run, values(run, "epoch"), values(run, "clean_accuracy"))
+        plot(ax, run, values(run, "epoch"), values(run, "pgd10_accuracy"), linestyle="--", label="_")
     radii = " and ".join(sorted({fraction(run) for run in runs}))
     ax.plot([], [], color="black", label="clean")
     ax.plot([], [], color="black", linestyle="--", label=f"PGD-10\nε = {radii}")
@@ -178,12 +178,12 @@ def sweep(runs):
 
 def loss(runs, count=300, steps=20):
     """Mean loss of held-out images along the sign of its gradient, L(x + t · s) with s = sign ∇x L(x), against t;
-    images are clipped to [0, 1]. Dotted, the tangent at 0, L(x) + t · ‖∇x L(x)‖₁, of which GradNorm is made. A star:
-    PGD at ε."""
+    images are clipped to [0, 1]. Dotted, the tangent at 0, of slope ‖∇x L(x)‖₁ (without the pixels that clipping holds
+    at 0 or 1), of which GradNorm is made. A star: PGD at ε."""
     must_agree(runs, "eps")
     figure, ax = curves()
     eps = runs[0].config["eps"]
-    images, labels = train.held_out(train.load_test_set(runs[0].config), count)
+    images, labels = train.evaluation_images(train.load_evaluation_set(runs[0].config), count)
     x, distances = images.float() / 255, torch.linspace(0, 2 * eps, 17)
     for run in runs:
         model, _ = train.load_checkpoint(run.checkpoint)
@@ -193,7 +193,8 @@ def loss(runs, count=300, steps=20):
         with torch.no_grad():
             along = [(x + t * gradient.sign()).clamp(0, 1) for t in distances]
             *losses, strongest = [F.cross_entropy(model(each), labels).item() for each in (*along, attacked)]
-        tangent = losses[0] + distances * gradient.abs().sum((1, 2, 3)).mean()
+        moves = 255 * ((x + gradient.sign() / 255).clamp(0, 1) - x)  # 0 at a wall: pixels are multiples of 1/255
+        tangent = losses[0] + distances * (gradient * moves).sum((1, 2, 3)).mean()
         plot(ax, run, 255 * distances, losses, marker="")
         plot(ax, run, 255 * distances, tangent, linestyle=":", marker="", label="_")
         plot(ax, run, [255 * eps], [strongest], marker="*", markersize=15, label="_")
@@ -211,8 +212,8 @@ def cost(runs):
     where all runs have it, else PGD's."""
     figure, ax = curves()
     eps = runs[0].config["eps"]
-    best = common_results(runs, ["autoattack-*.json", "pgd*.json"], eps)
-    times = [sum(column(run, "seconds")[1]) / 60 for run in runs]
+    best = common_results(runs, ["*autoattack-*.json", "*pgd*.json"], eps)
+    times = [sum(values(run, "seconds")) / 60 for run in runs]
     for run, minutes, result in zip(runs, times, best):
         robust = result["robust_accuracy"][result["radii"].index(eps)]
         plot(ax, run, [minutes], [robust], markersize=9, linestyle="none", clip_on=False)
@@ -248,24 +249,24 @@ def plot(ax, run, x, y, **style):
     ax.plot(x, y, **run.style | {"linewidth": 2, "markersize": 5, "markevery": max(1, len(x) // 10)} | style)
 
 
-def column(run, name):
-    """Epochs, and the values of that name in metrics.jsonl."""
-    return [line["epoch"] for line in run.metrics], [line[name] for line in run.metrics]
+def values(run, name):
+    """Of that name in metrics.jsonl, one per epoch."""
+    return [line[name] for line in run.metrics]
 
 
 def common_results(runs, patterns, eps=None):
-    """Of the results whose files fit a pattern, that have ε, and that all runs have of the same images under the same
-    name, which says the attack: those of most images and steps, one per run. The first pattern with such results is
-    used."""
+    """Of the results whose files fit a pattern, that have ε, and that all runs have of one attack on the same images:
+    those of most images and steps, one per run. The first pattern with such results is used."""
     for pattern in patterns:
-        common = [{(result["file"], result.get("images_sha256")): result for result in run.results
+        common = [{(attack_name(result), result["num_images"], *result["radii"], result.get("images_sha256")): result
+                   for result in run.results
                    if Path(result["file"]).match(pattern) and (eps is None or eps in result["radii"])} for run in runs]
         shared = set.intersection(*map(set, common))
         if shared:
-            best = max(shared, key=lambda key: (common[0][key]["num_images"], common[0][key]["steps"], key))
+            best = max(shared, key=lambda key: (common[0][key]["num_images"], common[0][key]["steps"], str(key)))
             return [each[best] for each in common]
     raise ValueError(f"the runs have no {' or '.join(patterns)} of evaluate.py in common"
-                     + (f" with ε = {255 * eps:.3g}/255" if eps else ""))
+                     + (f" with eps {255 * eps:.3g}/255" if eps else ""))
 
 
 def fraction(run):
@@ -278,13 +279,14 @@ def load_run(path, data_dir=None):
     checkpoint = train.checkpoint_path(path)
     path = checkpoint.parent
     results = [json.loads(file.read_bytes()) | {"file": file.name} for file in sorted(path.glob("*-*.json"))]
+    results = [result for result in results if "robust_accuracy" in result]  # an unfinished evaluation has none
     if results and not checkpoint.exists():
         config = results[0]["config"]
         if len({result.get("sha256") for result in results}) > 1:
             raise ValueError(f"the results in {path} are of different checkpoints")
     else:
         config = train.read_checkpoint(checkpoint)["config"]
-        sha256 = train.file_sha256(checkpoint)
+        sha256 = file_sha256(checkpoint)
         results = [result for result in results if result.get("sha256") == sha256]  # none of an older checkpoint
     metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_bytes().splitlines()]
     return SimpleNamespace(path=path, checkpoint=checkpoint, metrics=metrics, results=results,
@@ -296,16 +298,21 @@ def tell_apart(runs):
     several have one method, a shade of it, a marker, and what they differ in, else the names of their folders."""
     must_agree(runs, "dataset", "classes", "images", "val_images", "image_size", "pixels")
     above = os.path.commonpath([os.path.abspath(run.path.parent) for run in runs])
+    of_all = differences([run.config for run in runs], ["eps", "epochs"])
     for method, colour in METHODS.items():
-        same = [run for run in runs if method_of(run.config) == method]
-        names = [f"PGD-{run.config['steps']}" if method == "PGD" else method for run in same]
-        names = [", ".join([name, *words]) for name, words in zip(names, differences([run.config for run in same]))]
-        if len(set(names)) < len(same):
-            names = [os.path.relpath(os.path.abspath(run.path), above) for run in same]
-        for i, (run, label) in enumerate(zip(same, names)):
-            shade = tuple(1 - (1 - i / (len(same) + 1)) * (1 - channel) for channel in to_rgb(colour))
+        same = [i for i, run in enumerate(runs) if method_of(run.config) == method]
+        within = differences([runs[i].config for i in same])
+        names = [f"PGD-{runs[i].config['steps']}" if method == "PGD" else method for i in same]
+        labels = [", ".join(dict.fromkeys([name, *words, *of_all[i]])) for name, i, words in zip(names, same, within)]
+        for number, (i, label) in enumerate(zip(same, labels)):
+            run = runs[i]
+            if labels.count(label) > 1:
+                label = os.path.relpath(os.path.abspath(run.path), above)
+            if len(run.metrics) < run.config["epochs"]:
+                label += f", {len(run.metrics)} of {run.config['epochs']} epochs"
             label = f" {label}" if label.startswith("_") else label  # which a legend would leave out
-            run.style = {"color": shade, "marker": "osD^vPX*"[i % 8], "label": wrapped(label, 24)}
+            shade = tuple(1 - (1 - number / (len(same) + 1)) * (1 - channel) for channel in to_rgb(colour))
+            run.style = {"color": shade, "marker": "osD^vPX*"[number % 8], "label": wrapped(label, 24)}
     return runs
 
 
@@ -318,21 +325,19 @@ def method_of(config):
     return config["method"]
 
 
-def differences(configs):
-    """For each configuration the flags, with their values, in which not all of them agree."""
-    flags = vars(train.make_parser().parse_args([])).keys() - train.PLACE - {"eval_images", "steps"}
+def differences(configs, names=None):
+    """For each configuration the flags, with their values, in which not all of them agree: those of some `names`, or
+    all."""
+    flags = vars(train.make_parser().parse_args([])).keys() - train.PLACES - {"eval_images", "steps", "step_size"}
     shown = [{flag: f"{flag.replace('_', '-')} {config.get(flag) or 0}" for flag in sorted(flags)}
              | {name: f"{name} {255 * (config.get(name) or 0):.3g}/255" for name in ("eps", "h")}
              | {"parent": f"from {config['parent']['method'] if config.get('parent') else 'scratch'}"}
              for config in configs]
-    return [[each[name] for name in each if len({other[name] for other in shown}) > 1] for each in shown]
+    return [[each[name] for name in names or each if len({other[name] for other in shown}) > 1] for each in shown]
 
 
 def wrapped(text, width):
-    """Lines of at most so many characters, without the bytes of a file's name that are no UTF-8, which matplotlib
-    refuses."""
-    lines = text.encode(errors="replace").decode().split("\n")
-    return "\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in lines)
+    return "\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in text.split("\n"))
 
 
 def must_agree(runs, *names):
@@ -346,7 +351,6 @@ def must_agree(runs, *names):
 
 
 def main():
-    train.tolerate_ascii()
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("picture", choices=[*PICTURES, "all"], help="all makes each of them that it has the data for")
@@ -365,15 +369,13 @@ def main():
 def draw_all(args):
     """All pictures of each folder that holds runs, of all its runs together. Prints what cannot be drawn, and why."""
     folders = {}
-    for path in find_runs(args.runs):
+    for path in sorted({file.parent for folder in args.runs for file in folder.rglob("metrics.jsonl")}):
         try:
             folders.setdefault(path.parent, []).append(load_run(path, args.data_dir))
         except Exception as error:
             print(f"{path} is left out: {error}")
     if not folders:
         raise ValueError(f"no runs in {', '.join(map(str, args.runs))}")
-    if args.output and len(folders) > 1:
-        raise ValueError(f"--output {args.output} would get the pictures of {len(folders)} folders over one another")
     for folder, runs in folders.items():
         runs.sort(key=lambda run: list(METHODS).index(method_of(run.config)))
         for name, draw in PICTURES.items():
@@ -381,18 +383,6 @@ def draw_all(args):
                 save(draw(tell_apart(runs)), (args.output or folder) / f"{name}.png")
             except Exception as error:  # a file or a result that they lack
                 print(f"no {name}.png of {folder}: {error}")
-
-
-def find_runs(folders):
-    """The folders of runs under some folders, through links too, each once."""
-    paths, seen = [], set()
-    for path, children, files in (each for folder in folders for each in os.walk(folder, followlinks=True)):
-        if os.path.realpath(path) in seen:  # a link to a folder above would go round for ever
-            children.clear()
-        elif "metrics.jsonl" in files:
-            paths.append(Path(path))
-        seen.add(os.path.realpath(path))
-    return sorted(paths)
 
 
 def save(figure, path):

@@ -3,7 +3,7 @@ adversarial training, peak memory (CUDA), and the cost model's prediction.
 
     python -m results.benchmark                                                 # train.py's ConvNet, 32 x 32 pixels
     python -m results.benchmark --model resnet50 --image-size 224 --batch-size 4 --activation gelu --rounds 5
-    python -m results.benchmark --model swin_t --image-size 224 --amp bf16 --compile
+    python -m results.benchmark --model swin_t --image-size 224 --amp bf16 --batch-size 32
 
 Random images, and the flags of train.py. The methods' steps alternate, so that a slow moment of the machine meets them
 all, and ratios are taken within a round. BatchNorm is frozen, as in the paper.
@@ -14,7 +14,6 @@ import time
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
 import train
@@ -24,30 +23,15 @@ METHODS = {  # name: (flags of train.py, cost in forward passes)
     "GradNorm, double backprop": ({"method": "gradnorm", "h": 0.0}, 6),
     "GradNorm, finite difference": ({"method": "gradnorm", "h": 2 / 255}, 6),
     "GradNorm, finite difference, every 2nd step": ({"method": "gradnorm", "h": 2 / 255, "gradnorm_every": 2}, 4.5),
-    "single-step": ({"method": "adversarial", "steps": 1}, 2 * 1 + 3),
-    "PGD-3": ({"method": "adversarial", "steps": 3}, 2 * 3 + 3),
+    "single-step": ({"method": "adversarial", "steps": 1, "step_size": 5 / 255}, 2 * 1 + 3),
+    "PGD-3": ({"method": "adversarial", "steps": 3, "step_size": 2.67 / 255}, 2 * 3 + 3),
 }
 
 
 def make_step(model, optimizer, args, x, y):
-    """A function that makes the k-th step of train.py's loop, on this batch, after the warm-up."""
+    """A function that makes the k-th step of a training with these settings, on this batch, after the warm-up."""
     objective = train.Objective(model, args)
-    if args.compile:
-        objective.compile()
-    scaler = torch.amp.GradScaler(x.device.type, enabled=args.amp == "fp16")
-    ramp = torch.ones((), device=x.device)
-
-    def step(k):
-        with torch.autocast(x.device.type, train.AMP_DTYPES[args.amp], enabled=args.amp != "off"):
-            loss = objective(x, y, ramp, penalise=k % args.gradnorm_every == 0)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0).isfinite().item()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-    return step
+    return lambda k: train.training_step(objective, optimizer, args, x, y, penalise=k % args.gradnorm_every == 0)
 
 
 def main():
@@ -56,6 +40,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=20, help="steps of each method that are timed")
     args = parser.parse_args()
     device = train.start_process()
+    torch.set_float32_matmul_precision("high")  # these two as in train.py
+    torch.backends.cudnn.benchmark = True
     model = train.build_model(args.model, 3, 10, args.activation, image_size=args.image_size).to(device).train()
     train.freeze_batchnorm(model)
     # One optimiser for all, at a rate of 0: the same work, and the weights stay as they are.
@@ -66,7 +52,7 @@ def main():
     steps, memory, seconds = {}, {}, {name: [] for name in METHODS}
     for name, (flags, _) in METHODS.items():
         steps[name] = make_step(model, optimizer, argparse.Namespace(**vars(args) | flags), x, y)
-        for k in range(2):  # compilation, and the allocator's growth
+        for k in range(2):  # the allocator's growth
             steps[name](k)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -82,8 +68,8 @@ def main():
             seconds[name].append((time.perf_counter() - start) / every)
 
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.model}, images {tuple(x.shape)}, {machine}, torch {torch.__version__}, amp {args.amp}"
-          f"{', compiled' * args.compile}; median (quartiles) of {args.rounds} rounds\n\n"
+    print(f"{args.model}, images {tuple(x.shape)}, {machine}, torch {torch.__version__}, amp {args.amp}; "
+          f"median (quartiles) of {args.rounds} rounds\n\n"
           "| a step of | ms | time / natural | time / PGD-3 | memory, MiB | predicted / PGD-3 |\n"
           "|---|---|---|---|---|---|")
     for name, (_, passes) in METHODS.items():
@@ -95,5 +81,4 @@ def main():
 
 
 if __name__ == "__main__":
-    with train.prefer_speed():
-        main()
+    main()
