@@ -420,6 +420,8 @@ def evaluate_checkpoint(path, args, device):
     saved = train.from_rank_zero(lambda: json.loads(file.read_bytes()) if file.exists() else {})
     begun = all(saved.get(name) == value for name, value in settings.items())
     if begun and "radius" not in saved:  # and ended
+        if RANK == 0:
+            print(f"{file} has the result: remove it to repeat the evaluation")
         warn(saved["warnings"], f"{path}: ")
         return saved
 

@@ -886,17 +886,6 @@ def test_a_step_of_the_benchmark_is_one_of_the_loop(folder, out, name, on_cpu):
     torch.testing.assert_close(model.state_dict(), saved(out), rtol=1e-4, atol=1e-6)
 
 
-def test_the_average_of_a_swin_keeps_its_index_of_positions():
-    model = train.build_model("swin_t", 3, 10)
-    average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9999))
-    for _ in range(3):
-        average.update_parameters(model)
-    torch.testing.assert_close(average.module.state_dict(), model.state_dict(), rtol=1e-6, atol=0)
-    assert torch.equal(average.module[1].features[1][0].attn.relative_position_index,
-                       model[1].features[1][0].attn.relative_position_index)
-
-
 def test_two_runs_that_start_at_once_into_one_folder_are_stopped(folder, out, monkeypatch):
     load = train.load_data
     monkeypatch.setattr(train, "load_data", lambda *args, **kwargs: [(out / "gradients").mkdir(parents=True),
@@ -1196,22 +1185,6 @@ def test_train_and_val_must_have_the_same_classes(folder, tmp_path):
     (bad / "val/blue").mkdir(parents=True)
     (bad / "val/blue/0.jpg").symlink_to(folder / "val/blue/0.jpg")
     assert "['green', 'red']" in mistake(*flags_for(bad, tmp_path / "run"))
-
-
-def test_a_full_disk_leaves_the_last_good_state(folder, out):
-    """The limit on the size of a file is between those of the metrics and of the second checkpoint."""
-    run(*flags_for(folder, out), "--epochs", "1")
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    script = out.parent / "full.py"
-    limit = (out / "checkpoint.pt").stat().st_size // 2
-    script.write_text("import resource, signal, train\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-                      f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-                      "train.read_checkpoint = lambda path: None  # once more from the start\ntrain.main()\n")
-    process = start(*flags_for(folder, out), "--epochs", "1", "--resume", script=script)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1 and "File too large" in errors, errors
-    after = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    assert after.keys() == before.keys() and after[out / "checkpoint.pt"] == before[out / "checkpoint.pt"]
 
 
 # The claim
@@ -1710,7 +1683,9 @@ def test_interrupted_evaluation_goes_on_and_a_finished_one_is_not_repeated(check
     flags = [checkpoint, "--attack", "autoattack", "--eps", "40/255", "--num-images", "6"]
     path = checkpoint.with_name("autoattack-6-eps40.json")
     stages, undisturbed, table = stages_of(*flags), result(path.parent, path.name), capsys.readouterr().out
-    assert len(stages) == 6 and stages_of(*flags) == [] and capsys.readouterr().out == table
+    assert len(stages) == 6 and stages_of(*flags) == []
+    said, again = capsys.readouterr().out.split("\n", 1)
+    assert again == table and "autoattack-6-eps40.json" in said and "remove it" in said
     assert result(path.parent, path.name) == undisturbed
     assert len(stages_of(checkpoint.with_name("a.pt"), *flags)) == 6  # of a alone
     path.unlink()
@@ -2008,6 +1983,17 @@ def test_results_of_another_checkpoint_are_left_out(runs):
     (model,), *_ = visualize.models_and_images([best], 1)
     torch.testing.assert_close(model.state_dict(), saved(runs[1]), rtol=0, atol=0)
     assert len(visualize.load_run(runs[0]).results) == 3
+    run(runs[0] / "best.pt", "--eps", "8/255", "--num-images", "12", script=evaluate)
+    assert "PGD-10" in visualize.cost(drawable([runs[0] / "best.pt", runs[1]])).axes[0].get_ylabel()
+
+
+def test_legends_say_what_differs_and_what_is_unfinished(runs):
+    """Of runs of different methods: ε and the number of epochs."""
+    rewrite(runs[1] / "checkpoint.pt", epochs=5)
+    rewrite(runs[2] / "checkpoint.pt", eps=16 / 255)
+    labels = [run.style["label"].replace("\n", " ") for run in drawable(runs)]
+    assert labels == ["natural, eps 8/255, epochs 3", "double backprop, eps 8/255, epochs 5, 3 of 5 epochs",
+                      "PGD-3, eps 16/255, epochs 3"]
 
 
 def test_strips_are_the_kept_gradients(runs):
@@ -2038,21 +2024,6 @@ def test_all_draws_what_it_can_and_says_what_it_cannot(runs, tmp_path, capsys):
     for line, name, words in zip(said, ("gradients", "sweep", "loss", "attack"),
                                  ("No such file", "sweep", "No such file", "No such file"), strict=True):
         assert line.startswith(f"no {name}.png of ") and words in line
-
-
-def test_all_draws_the_rest_where_the_data_are_elsewhere(runs, folder, tmp_path, monkeypatch, capsys):
-    pictures = {"gradients": visualize.gradients, "broken": lambda runs: [][0], "accuracy": visualize.accuracy}
-    monkeypatch.setattr(visualize, "PICTURES", pictures)  # the second meets what nobody expected
-    for path in runs:
-        rewrite(path / "checkpoint.pt", data_dir="/nonexistent")
-        for file in path.glob("*.json"):
-            file.unlink()
-    run("all", tmp_path / "runs", script=visualize)
-    output = capsys.readouterr().out
-    assert "accuracy.png" in output and "no gradients.png" in output and "/nonexistent" in output
-    assert "no broken.png of " in output and "list index" in output
-    run("all", tmp_path / "runs", "--data-dir", folder, script=visualize)
-    assert [line.split()[0] == "no" for line in capsys.readouterr().out.splitlines()] == [False, True, False]
 
 
 def test_runs_of_one_method_are_told_apart_whatever_their_names(runs, tmp_path):
