@@ -325,8 +325,6 @@ def load_data(args, pin_memory):
     if evaluation_set.classes != train_set.classes:
         differing = sorted({*train_set.classes} ^ {*evaluation_set.classes})[:5]
         raise ValueError(f"train/ and val/ have different classes: {differing}")
-    if args.batch_size * WORLD_SIZE > len(train_set):
-        raise ValueError(f"--batch-size {args.batch_size} x {WORLD_SIZE} is more than the {len(train_set)} images")
     slow = args.dataset == "imagefolder" or args.augment == "strong"  # then worker processes are worth their start
     loader = DataLoader(train_set, args.batch_size, drop_last=True, pin_memory=pin_memory,
                         num_workers=args.workers if slow else 0,
@@ -666,8 +664,8 @@ def make_parser():
     add("--batch-size", default=128, type=count, help="images per process and step")
     add("--optimizer", default="adamw", choices=["adamw", "sgd"], help="sgd wants a --weight-decay near 5e-4")
     add("--lr", type=float, help="peak learning rate; by default 1e-2 for convnet, 1e-3 for the others")
-    add("--warmup-epochs", type=count_or_0, metavar="N",
-        help="linear rise of learning rate, penalty and training attack's step; by default 2")
+    add("--warmup-epochs", default=2, type=count_or_0, metavar="N",
+        help="linear rise of learning rate, penalty and training attack's step, in --epochs at most")
     add("--weight-decay", default=0.05, type=float, help="not on norms and biases")
     add("--label-smoothing", default=0.0, type=zero_to_one, help="share of each target, spread over all classes")
     add("--ema-decay", default=0.0, type=zero_to_one, metavar="D",
@@ -689,10 +687,7 @@ def parse_args():
     args.parent, args.output_dir = None, args.output_dir or f"runs/{args.method}"
     if not args.resume and os.path.isdir(args.output_dir) and os.listdir(args.output_dir):
         parser.error(f"{args.output_dir} holds a run: continue it with --resume, or choose another --output-dir")
-    if args.warmup_epochs is None:
-        args.warmup_epochs = min(2, args.epochs)
-    if args.warmup_epochs > args.epochs:
-        parser.error(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
+    args.warmup_epochs = min(args.warmup_epochs, args.epochs)
     if args.step_size is None:  # the paper's for PGD-3, Wong et al.'s (ICLR 2020) for one step
         args.step_size = 2 * args.eps / args.steps if args.steps > 1 else 1.25 * args.eps
     if args.init:

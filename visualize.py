@@ -63,7 +63,7 @@ def attack(runs, count=4, steps=20):
         torch.manual_seed(0)
         attacked = pgd_attack(model, x, labels, eps=eps, steps=steps)
         rows += [(0.5 + 0.5 * (attacked - x) / eps).clamp(0, 1), attacked]
-        titles += [f"{0.5 / eps:.0f} × the change", f"{label},\nattacked: ε = {fraction(run)}"]
+        titles += [f"{label}:\n{0.5 / eps:.0f} × the change", f"{label},\nattacked: ε = {fraction(run)}"]
         captions[0] = [f"{above}\n{label}: {confidence:.0%}"
                        for above, (confidence, _) in zip(captions[0], verdicts(model, x))]
         said = [f"{'✓' if verdict == true else '✗'} {run.config['classes'][verdict]}: {confidence:.0%}"
@@ -117,7 +117,8 @@ def captioned_grid(rows, titles, captions):
 
 
 def epochs(runs, columns=10):
-    """Strips of images and their ∇x L after some of the epochs; under them, mean ‖∇x L‖₁ of the held-out images."""
+    """Strips of images and their ∇x L after some of the epochs; under them, mean ‖∇x L‖₁ of the evaluation images, in
+    which a run with --init goes on from the last epoch of the one that it started from."""
     must_agree(runs, "eval_images")
     across = 1 + min(columns, max(len(run.metrics) for run in runs))
     height = 16 / across
@@ -135,7 +136,7 @@ def epochs(runs, columns=10):
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
         ax.set_title(f"{run.style['label']}: ∇x L after epoch", color=run.style["color"], loc="left")
-        plot(curve, run, values(run, "epoch"), values(run, "gradient_norm"))
+        plot(curve, run, epochs_of(run), values(run, "gradient_norm"))
     curve.set_yscale("log")
     curve.locator_params(axis="y", subs=(1, 2, 5))
     curve.yaxis.set_major_formatter("{x:g}")
@@ -148,12 +149,12 @@ def epochs(runs, columns=10):
 
 
 def accuracy(runs):
-    """Clean (solid) and PGD-10 accuracy (dashed) of the held-out images against the epoch."""
+    """Clean (solid) and PGD-10 accuracy (dashed) of the evaluation images against the epoch, counted as in `epochs`."""
     must_agree(runs, "eval_images")
     figure, ax = curves()
     for run in runs:
-        plot(ax, run, values(run, "epoch"), values(run, "clean_accuracy"))
-        plot(ax, run, values(run, "epoch"), values(run, "pgd10_accuracy"), linestyle="--", label="_")
+        plot(ax, run, epochs_of(run), values(run, "clean_accuracy"))
+        plot(ax, run, epochs_of(run), values(run, "pgd10_accuracy"), linestyle="--", label="_")
     radii = " and ".join(sorted({fraction(run) for run in runs}))
     ax.plot([], [], color="black", label="clean")
     ax.plot([], [], color="black", linestyle="--", label=f"PGD-10\nε = {radii}")
@@ -164,27 +165,33 @@ def accuracy(runs):
 
 
 def sweep(runs):
-    """Accuracy under attack against ε, from the results of evaluate.py --sweep; the training ε is marked."""
+    """Accuracy under attack against ε, up to four times that of training, which is marked, from the results of
+    evaluate.py --sweep. The bands are a standard error wide, to both sides."""
     figure, ax = curves()
     swept = common_results(runs, ["*-sweep*.json"])
     for run, result in zip(runs, swept):
-        plot(ax, run, [255 * eps for eps in result["radii"]], result["robust_accuracy"])
+        radii, robust = [255 * eps for eps in result["radii"]], torch.tensor(result["robust_accuracy"])
+        error = (robust * (100 - robust) / result["num_images"]).sqrt()
+        plot(ax, run, radii, robust)
+        ax.fill_between(radii, robust - error, robust + error, color=run.style["color"], alpha=0.2, linewidth=0)
     for i, eps in enumerate(sorted({run.config["eps"] for run in runs})):
         ax.axvline(255 * eps, color="0.4", linewidth=1.5, linestyle=":", label="_" if i else "training ε")
-    ax.set(xlabel="ε (1/255)", ylabel=f"{attack_name(swept[0])} accuracy (%)", ylim=(-2, 102))
+    ax.set(xlabel="ε (1/255)", ylabel=f"{attack_name(swept[0])} accuracy (%)", ylim=(-2, 102),
+           xlim=(0, min(255 * 4 * max(run.config["eps"] for run in runs), radii[-1])))
+    ax.locator_params(axis="x", integer=True)
     figure.legend(loc="outside right upper")
     return figure
 
 
 def loss(runs, count=300, steps=20):
-    """Mean loss of held-out images along the sign of its gradient, L(x + t · s) with s = sign ∇x L(x), against t;
+    """Mean loss of evaluation images along the sign of its gradient, L(x + t · s) with s = sign ∇x L(x), against t;
     images are clipped to [0, 1]. Dotted, the tangent at 0, of slope ‖∇x L(x)‖₁ (without the pixels that clipping holds
     at 0 or 1), of which GradNorm is made. A star: PGD at ε."""
     must_agree(runs, "eps")
     figure, ax = curves()
     eps = runs[0].config["eps"]
     images, labels = train.evaluation_images(train.load_evaluation_set(runs[0].config), count)
-    x, distances = images.float() / 255, torch.linspace(0, 2 * eps, 17)
+    x, distances, lowest = images.float() / 255, torch.linspace(0, 2 * eps, 17), 1.0
     for run in runs:
         model, _ = train.load_checkpoint(run.checkpoint)
         gradient = input_gradient(model, x, labels)
@@ -194,6 +201,7 @@ def loss(runs, count=300, steps=20):
             along = [(x + t * gradient.sign()).clamp(0, 1) for t in distances]
             *losses, strongest = [F.cross_entropy(model(each), labels).item() for each in (*along, attacked)]
         moves = 255 * ((x + gradient.sign() / 255).clamp(0, 1) - x)  # 0 at a wall: pixels are multiples of 1/255
+        lowest = min(lowest, *losses)
         tangent = losses[0] + distances * (gradient * moves).sum((1, 2, 3)).mean()
         plot(ax, run, 255 * distances, losses, marker="")
         plot(ax, run, 255 * distances, tangent, linestyle=":", marker="", label="_")
@@ -202,7 +210,11 @@ def loss(runs, count=300, steps=20):
     ax.plot([], [], color="black", linestyle="", marker="*", markersize=15,
             label=f"PGD-{steps}, ε = {fraction(runs[0])}")
     ax.set(xlabel="t (1/255)", ylabel="mean of L(x + t · sign ∇x L(x))")
-    ax.set_ylim(bottom=0)
+    if lowest < 0.01:  # of networks that are sure: a linear axis would lie on it
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter("{x:g}")
+    else:
+        ax.set_ylim(bottom=0)
     figure.legend(loc="outside right upper")
     return figure
 
@@ -254,6 +266,16 @@ def values(run, name):
     return [line[name] for line in run.metrics]
 
 
+def first_epoch(config):
+    """How many epochs the run that --init named had behind it, and the one before."""
+    parent = config.get("parent")
+    return first_epoch(parent) + parent.get("epoch", parent["epochs"]) if parent else 0
+
+
+def epochs_of(run):
+    return [first_epoch(run.config) + epoch for epoch in values(run, "epoch")]
+
+
 def common_results(runs, patterns, eps=None):
     """Of the results whose files fit a pattern, that have ε, and that all runs have of one attack on the same images:
     those of most images and steps, one per run. The first pattern with such results is used."""
@@ -298,14 +320,14 @@ def tell_apart(runs):
     several have one method, a shade of it, a marker, and what they differ in, else the names of their folders."""
     must_agree(runs, "dataset", "classes", "images", "val_images", "image_size", "pixels")
     above = os.path.commonpath([os.path.abspath(run.path.parent) for run in runs])
-    of_all = differences([run.config for run in runs], ["eps", "epochs"])
+    robust = [run for run in runs if run.config["method"] != "natural"]  # natural training has no ε, and is the start
+    shared = dict(zip(map(id, robust), differences([run.config for run in robust], ["eps", "epochs"])))
     for method, colour in METHODS.items():
-        same = [i for i, run in enumerate(runs) if method_of(run.config) == method]
-        within = differences([runs[i].config for i in same])
-        names = [f"PGD-{runs[i].config['steps']}" if method == "PGD" else method for i in same]
-        labels = [", ".join(dict.fromkeys([name, *words, *of_all[i]])) for name, i, words in zip(names, same, within)]
-        for number, (i, label) in enumerate(zip(same, labels)):
-            run = runs[i]
+        same = [run for run in runs if method_of(run.config) == method]
+        names = [f"PGD-{run.config['steps']}" if method == "PGD" else method for run in same]
+        labels = [", ".join(dict.fromkeys([name, *words, *shared.get(id(run), [])]))
+                  for run, name, words in zip(same, names, differences([run.config for run in same]))]
+        for number, (run, label) in enumerate(zip(same, labels)):
             if labels.count(label) > 1:
                 label = os.path.relpath(os.path.abspath(run.path), above)
             if len(run.metrics) < run.config["epochs"]:
@@ -354,10 +376,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("picture", choices=[*PICTURES, "all"], help="all makes each of them that it has the data for")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
-                        help="folders of train.py, or their checkpoints; for all, folders that hold such folders")
-    parser.add_argument("--data-dir", metavar="DIR", help="where the data are, if not where they were trained from")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="PNG to write; for all, the folder to write into")
+    parser.add_argument("runs", nargs="+", type=train.path_type, metavar="RUN",
+                        help="folders of train.py, or their checkpoints; for all, folders of such folders")
+    parser.add_argument("--data-dir", type=train.path_type, metavar="DIR",
+                        help="where the data are, if not where training found them")
+    parser.add_argument("--output", type=train.path_type, metavar="FILE",
+                        help="PNG to write; for all, the folder to write into")
     args = parser.parse_args()
     if args.picture == "all":
         draw_all(args)
@@ -367,25 +391,26 @@ def main():
 
 
 def draw_all(args):
-    """All pictures of each folder that holds runs, of all its runs together. Prints what cannot be drawn, and why."""
-    folders = {}
-    for path in sorted({file.parent for folder in args.runs for file in folder.rglob("metrics.jsonl")}):
-        try:
-            folders.setdefault(path.parent, []).append(load_run(path, args.data_dir))
-        except Exception as error:
-            print(f"{path} is left out: {error}")
-    if not folders:
-        raise ValueError(f"no runs in {', '.join(map(str, args.runs))}")
-    for folder, runs in folders.items():
-        runs.sort(key=lambda run: list(METHODS).index(method_of(run.config)))
+    """All pictures of each folder, of all runs in it together. Prints what cannot be drawn, and why."""
+    for folder in map(Path, args.runs):
+        runs = []
+        for metrics in folder.glob("*/metrics.jsonl"):
+            try:
+                runs.append(load_run(metrics.parent, args.data_dir))
+            except Exception as error:
+                print(f"{metrics.parent} is left out: {error}")
+        if not runs:
+            raise ValueError(f"no runs in {folder}")
+        runs.sort(key=lambda run: (list(METHODS).index(method_of(run.config)), run.path))
         for name, draw in PICTURES.items():
             try:
-                save(draw(tell_apart(runs)), (args.output or folder) / f"{name}.png")
+                save(draw(tell_apart(runs)), Path(args.output or folder) / f"{name}.png")
             except Exception as error:  # a file or a result that they lack
                 print(f"no {name}.png of {folder}: {error}")
 
 
 def save(figure, path):
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with train.atomic_write(path) as file:
         figure.savefig(file, dpi=150, format="png")

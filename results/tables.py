@@ -88,12 +88,15 @@ def main():
     table(["h", "clean", "PGD-20", "minus double backprop"],
           *([f"{h}/255", f"{accuracy[h, 0]:.2f}", f"{pgd[h].mean():.2f}",
              difference(pgd[h:h + 1], pgd[:1]) if h else ""] for h in range(5)))
-    figure, ax = visualize.curves()
-    ax.plot(range(5), pgd.mean(1) - pgd[0].mean(), "s-", label="under PGD-20")
-    ax.plot(range(5), accuracy - accuracy[0], "o--", label="clean")
-    ax.set(xlabel="h (1/255)", ylabel="accuracy gained,\nin points", xticks=range(5),
-           xticklabels=["0\ndouble\nbackprop", "1", "2", "3", "4\nFGSM\ntraining"])
-    ax.legend()
+    figure = visualize.new_figure(8, 3.6)
+    robust, right = figure.subplots(1, 2)
+    gained = pgd - pgd[0]
+    robust.errorbar(range(5), gained.mean(1), gained.std(1, ddof=1) / gained.shape[1] ** 0.5, color="0.2", marker="s")
+    right.plot(range(5), accuracy - accuracy[0], color="0.2", marker="o")
+    for ax, name in (robust, "PGD-20"), (right, "clean"):
+        ax.set(title=f"{name} accuracy gained, in points", xlabel="h (1/255)", xticks=range(5),
+               xticklabels=["0\ndouble\nbackprop", "1", "2", "3", "4\nFGSM\ntraining"])
+        ax.grid(color="0.9")
     visualize.save(figure, HERE / "how_far.png")
 
 
