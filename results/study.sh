@@ -225,9 +225,11 @@ photograph_cost() {
 }
 
 photograph_pictures() {
-    python visualize.py gradients results/imagenette/{natural,gradnorm,adversarial}-0 --output results/gradients.png
+    local difference=results/imagenette-cpu/finite-difference-1.2
+    local four="results/imagenette/natural-0 results/imagenette/gradnorm-0 $difference results/imagenette/adversarial-0"
+    python visualize.py gradients $four --output results/gradients.png
+    python visualize.py loss $four --output results/loss.png
     python visualize.py attack results/imagenette/{natural,gradnorm}-0 --output results/attack.png
-    python visualize.py loss results/imagenette/{natural,gradnorm,adversarial}-0 --output results/loss.png
     python visualize.py accuracy results/imagenette/{natural,gradnorm,adversarial}-1 --output results/accuracy.png
     python visualize.py sweep results/imagenette/{natural,gradnorm,adversarial}-0 --output results/sweep.png
     python visualize.py epochs runs/imagenette/{natural,gradnorm,adversarial-1e-2}-0 --output results/epochs.png
