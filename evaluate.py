@@ -12,7 +12,7 @@ and does not repeat a finished one.
 
 Everywhere, `x` holds pixels in [0, 1], (N, C, H, W), in float32 or float64, `y` class indices (N,), `eps` is in pixels,
 and `model` is any `nn.Module` from pixels to logits (N, classes), in eval mode. At most `batch_size` images go through
-it at a time. The random numbers of an image come from its own `seeds` (N, any), whole numbers, whatever batch it is in.
+it at a time. Each image has integer `seeds` (N, any) of its own: its random numbers do not depend on its batch.
 """
 
 import argparse
@@ -30,13 +30,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import train
-from gradnorm import check, input_gradient, pgd_attack
+from gradnorm import check, check_pixels, input_gradient, pgd_attack
 from train import RANK, WORLD_SIZE, misclassified
 
 
 # The evaluation. A stage is (attack, ε, number of its start or target): it attacks the images that still stand at ε.
 # `radius` (N,), float64, is ‖adversarial - x‖∞ of the closest proved adversarial image: 0 where `x` itself is
-# misclassified, inf where none is known.
+# misclassified, inf where none is known. The first two functions are for a model in memory; the command line runs the
+# same stages, in `run_stages`.
 
 
 def autoattack(model, x, y, *, eps, batch_size=256):
@@ -61,7 +62,7 @@ def pgd_accuracy(model, x, y, *, eps, steps=10, restarts=1, batch_size=256):
 
 def standard_stages(radii, targets):
     """Those of standard AutoAttack for all `radii`, with that many targets. What is found at one ε holds at every
-    larger one; and FAB looks for the smallest perturbation, so that one run of it serves them all."""
+    larger one; and FAB looks for the smallest perturbation, so that it runs at the smallest ε alone."""
     radii, numbers = sorted({eps for eps in radii if eps > 0}), range(targets)
     return ([("APGD-CE", eps, 0) for eps in radii] + [("APGD-T", eps, i) for eps in radii for i in numbers]
             + [("FAB-T", eps, i) for eps in radii[:1] for i in numbers] + [("Square", eps, 0) for eps in radii])
@@ -77,7 +78,7 @@ def run_stage(stage, model, x, y, targets, radius, images=None, *, batch_size=25
     name, eps, number = stage
     radius, images = radius.clone(), None if images is None else images.clone()
     standing = (radius > eps).nonzero()[rank::world_size, 0]
-    for rows in standing.split(8 * batch_size) if len(standing) else []:  # bounds the memory
+    for rows in standing.split(8 * batch_size) if len(standing) else []:  # Square draws all its numbers first
         seeds = torch.stack([rows, torch.full_like(rows, number)], 1)
         target = targets[rows, number] if name.endswith("-T") else None
         found = ATTACKS[name](model, x[rows], y[rows], eps=eps, seeds=seeds, target=target, batch_size=batch_size,
@@ -104,19 +105,20 @@ def first_radius(logits, y):
 
 
 def likeliest_others(logits):
-    """The targets, (N, up to 9): the likeliest classes but the first."""
+    """The targets, (N, up to 9): the most likely classes after the predicted one."""
     others = logits.scatter(1, logits.argmax(1, keepdim=True), -math.inf).argsort(dim=1, descending=True)
     return others[:, :min(9, logits.shape[1] - 1)]
 
 
 def accuracy(radius, eps):
-    """Accuracy (%) at ε: of the images that are not known to be misclassified within it. ε = 0 gives clean accuracy."""
+    """Accuracy (%) at ε: the share of images without a known adversarial one within ε. ε = 0 gives clean accuracy."""
     return 100 * (radius > eps).sum().item() / len(radius)
 
 
 def checked(model, x, y, eps, batch_size):
     """The images without the rounding that leads out of [0, 1], and their logits, after a look at all of them."""
-    check(x, eps, pixels=True)
+    check(x, eps=eps)
+    check_pixels(x)
     if model.training:
         warn(["the model is in train mode, with its dropout and BatchNorm: call model.eval() first"])
     x = x.detach().clamp(0, 1)
@@ -147,14 +149,14 @@ def signs_of_failure(model, x, y, logits, batch_size):
 
 
 def warn(lines, prefix=""):
-    """Each time: `warnings.warn` would speak once of a loop over models."""
+    """Every time; `warnings.warn` would report the same text only once, of a loop over models."""
     for line in lines if RANK == 0 else []:
         warnings.warn_explicit(prefix + line, UserWarning, __file__, 0)
 
 
 # The attacks. Each returns images (N, C, H, W): misclassified ones where it found them, `x` or anything elsewhere. In
 # those of AutoAttack an image drops out once it is misclassified; `s` holds the state of the others, one row per image.
-# All are called alike: those without random numbers have no use for `seeds`, nor those without targets for `target`.
+# All have one signature; some have no use for `seeds` or `target`.
 
 
 def pgd(model, x, y, *, eps, seeds, target=None, steps=10, batch_size=256):
@@ -382,7 +384,7 @@ def pick(condition, a, b):
 
 
 def keep(s, rows):
-    """Some of the images in `s`, of whose every attribute a row is an image's."""
+    """Keeps these rows in every attribute of `s`."""
     for name, value in vars(s).items():
         setattr(s, name, value[rows])
 
@@ -419,20 +421,21 @@ def evaluate_checkpoint(path, args, device):
     file = result_path(path, args)
     saved = train.from_rank_zero(lambda: json.loads(file.read_bytes()) if file.exists() else {})
     begun = all(saved.get(name) == value for name, value in settings.items())
-    if begun and "radius" not in saved:  # and ended
+    if begun and "radius" not in saved:  # which the progress has, and the result has not
         if RANK == 0:
             print(f"{file} has the result: remove it to repeat the evaluation")
         warn(saved["warnings"], f"{path}: ")
         return saved
 
     logits = predict(model, x, args.batch_size)
-    progress = {"radius": first_radius(logits, y).tolist(), "done": 0, "after": {}}
-    progress = {name: saved[name] if begun else first for name, first in progress.items()}
+    progress = saved if begun else {"radius": first_radius(logits, y).tolist(), "done": 0, "after": {}}
     radius, after = run_stages(model, x, y, likeliest_others(logits), settings, progress, file, args)
     lines = signs_of_failure(model, x, y, logits, args.batch_size)
-    for run, whose in (config, ""), (config["parent"] or {}, "its --init "):
-        if run.get("epoch", math.inf) < run.get("epochs", 0):
-            lines.append(f"{whose}trained for {run['epoch']} of {run['epochs']} epochs")
+    if config["epoch"] < config["epochs"]:
+        lines.append(f"trained for {config['epoch']} of {config['epochs']} epochs")
+    parent = config["parent"]
+    if parent and parent.get("epoch", parent["epochs"]) < parent["epochs"]:  # older runs did not note it
+        lines.append(f"its --init was trained for {parent['epoch']} of {parent['epochs']} epochs")
     if config["val_images"]:
         lines.append(f"on the training images that --val-images {config['val_images']} held out, not on test images")
     if any(a > b for a, b in zip(after.get("FAB-T", []), after.get("Square", []))):
@@ -486,7 +489,7 @@ def result_path(path, args):
 def write_json(path, value):
     if RANK == 0:
         with train.atomic_write(path) as file:
-            file.write(json.dumps(value, indent=1).encode() + b"\n")  # in ASCII: a name may be no UTF-8
+            file.write(json.dumps(value, indent=1).encode() + b"\n")
 
 
 def print_table(results, args):

@@ -9,9 +9,9 @@ Since ‖∇x L‖₁ = max over ‖δ‖∞ ≤ 1 of δᵀ∇x L, the sum L(x) 
 the adversarial loss L(x + ε · sign ∇x L): with λ_CE = λ_GN, GradNorm is adversarial training of the linearised loss.
 
 This file needs only torch and can be copied into any project. Everywhere, `x` holds images (N, C, H, W), and `y` their
-class indices (N,) or class probabilities (N, classes), as mixup makes them. Both are constants: no gradient flows to
-what has computed them. `model` is an `nn.Module` from images to logits (N, classes). For mixed precision, call a loss
-under `torch.autocast` with bfloat16; in float16 the small gradients of pixels would be lost.
+class indices (N,) or class probabilities (N, classes), as mixup makes them. Both are detached first: no gradient flows
+back to what has produced them. `model` is an `nn.Module` from images to logits (N, classes). For mixed precision, call
+a loss under `torch.autocast` with bfloat16; in float16 the small gradients of pixels would be lost.
 """
 
 import torch
@@ -24,16 +24,16 @@ def gradnorm_loss(model, x, y, *, lambda_ce=0.8, lambda_gn=1.2, eps=4 / 255, sig
 
     The default λ_CE, λ_GN and ε are those of the paper. `eps` is in pixels of [0, 1]. `sigma` is the divisor of
     the input's normalisation, a number or one per channel: 1 if `x` holds pixels, the paper's 0.224 if `x` is
-    already (pixels - mean) / 0.224. By the chain rule ∇pixel = ∇x / σ, so both give the same penalty. (That `x` was
-    normalised and `sigma` forgotten is not noticed.)
+    already (pixels - mean) / 0.224. By the chain rule ∇pixel = ∇x / σ, so both give the same penalty. (If `x` is
+    normalised and `sigma` is forgotten, no error says so.)
 
     A BatchNorm in train mode mixes the examples of a batch: the norm is then that of the gradient of the *summed*
     loss with respect to each image, the other examples' losses included. The paper keeps BatchNorm in eval mode
     throughout.
 
-    Returns a scalar to call `.backward()` on. Raises ValueError where `x` is no batch of images or `eps` no pixels.
+    Returns a scalar to call `.backward()` on. Raises ValueError if `x` is not (N, C, H, W) or `eps` not in [0, 1].
     """
-    check(x, eps)
+    check(x, eps=eps)
     with sdpa_kernel(SDPBackend.MATH):  # flash attention has no double backward; the plain formula has
         losses, gradient = losses_and_gradients(model, x, y, create_graph=True)
     norms = (gradient / per_channel(sigma, x)).abs().flatten(1).sum(1)  # ‖∇x L‖₁ of each example, over (C, H, W)
@@ -47,27 +47,27 @@ def gradnorm_loss_finite_difference(model, x, y, *, lambda_ce=0.8, lambda_gn=1.2
 
     `h` is in pixels, by default ε/2; the other arguments and the returned value are those of `gradnorm_loss`. As h → 0
     it becomes `gradnorm_loss`; at h = ε with λ_CE = λ_GN only L(x + ε · s) is left, FGSM adversarial training. In
-    between, L(x) counts λ_CE - λ_GN · ε/h times, with the defaults -1.6 times, and L(x + h · s) 2.4 times. x + h · s is
-    not clipped to [0, 1]. A small h drowns in rounding: in float32 below 1e-6, under bfloat16 autocast below ε/16.
+    general it is (λ_CE - w) · L(x) + w · L(x + h · s) with w = λ_GN · ε/h: by default -1.6 · L(x) + 2.4 · L(x + h · s).
+    x + h · s is not clipped to [0, 1]. A small h drowns in rounding: in float32 below 1e-6, in bfloat16 below ε/16.
 
-    The weights must be among `model.parameters()`; hooks on their gradients, or on modules' gradients, would run twice.
-    Dropout must be off: it would draw another network at x + h · s. There is no second derivative by the weights.
+    Only `model.parameters()` get a gradient; hooks on their gradients, and modules' backward hooks, run twice. Dropout
+    must be off: it would draw another network at x + h · s. The result cannot be differentiated twice.
     """
     h = eps / 2 if h is None else h
-    check(x, eps, h)
-    # One forward and one backward pass at x give ∇x L and the gradient of L by the parameters, which is kept for
-    # .backward(): with the two at x + h · s, twice the cost of natural training.
+    check(x, eps=eps, h=h)
+    # One forward and one backward pass at x give ∇x L and also the gradient of L(x) with respect to the parameters,
+    # which `KnownGradient` keeps for .backward(). All that remains is a second forward and backward pass, at x + h · s.
     parameters = [p for p in model.parameters() if p.requires_grad]
-    losses, gradient, *of_parameters = losses_and_gradients(model, x, y, parameters)
-    clean = KnownGradient.apply(losses.detach().sum(), of_parameters, *parameters) / len(x)
-    step = h / per_channel(sigma, x) * gradient.sign()
-    moved = F.cross_entropy(model(x.detach() + step), y.detach())
-    return lambda_ce * clean + lambda_gn * eps * (moved - clean) / h
+    losses, gradient, *parameter_gradients = losses_and_gradients(model, x, y, parameters)
+    loss_at_x = KnownGradient.apply(losses.detach().sum(), parameter_gradients, *parameters) / len(x)
+    displacement = h / per_channel(sigma, x) * gradient.sign()
+    loss_moved = F.cross_entropy(model(x.detach() + displacement), y.detach())
+    return lambda_ce * loss_at_x + lambda_gn * eps * (loss_moved - loss_at_x) / h
 
 
 class KnownGradient(torch.autograd.Function):
-    """A number whose gradients by `parameters` are already known: its backward does not go through the model again.
-    `upstream` is the derivative of the final loss by this number."""
+    """A number whose gradients with respect to `parameters` are already known: its backward does not go through the
+    model again. `upstream` is the derivative of the final loss with respect to this number."""
 
     @staticmethod
     def forward(ctx, value, gradients, *parameters):
@@ -76,7 +76,7 @@ class KnownGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        if torch.is_grad_enabled():  # by create_graph: these gradients have none
+        if torch.is_grad_enabled():  # only under create_graph=True, and the kept gradients have no graph
             raise RuntimeError("the finite difference cannot be differentiated twice: take gradnorm_loss")
         return None, None, *(None if g is None else upstream * g for g in ctx.saved_tensors)
 
@@ -91,9 +91,10 @@ def pgd_attack(model, x, y, *, eps=4 / 255, step_size=None, steps=10, random_sta
     a BatchNorm in train mode therefore updates its statistics. Parameters' `.grad` stay untouched.
 
     Returns adversarial images (N, C, H, W) within [0, 1] and, up to rounding, within ε of `x`, detached. Raises
-    ValueError where `x` holds no pixels, or `eps` is none.
+    ValueError if `x`, `eps` or `step_size` is not in [0, 1].
     """
-    check(x, eps, pixels=True)
+    check(x, eps=eps, step_size=step_size or 0.0)
+    check_pixels(x)
     step_size = 2.5 * eps / max(steps, 1) if step_size is None else step_size
     x = x.detach().clamp(0, 1)
     lowest, highest = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
@@ -111,8 +112,8 @@ def input_gradient(model, x, y):
 
 
 def losses_and_gradients(model, x, y, parameters=(), create_graph=False):
-    """The losses (N,), the gradient of each by its own image (N, C, H, W), and then, for each of the `parameters`, the
-    gradient of the sum of the losses, or None. The gradients carry a graph only with `create_graph`.
+    """The losses (N,), the gradient of each with respect to its own image (N, C, H, W), and then, for each of the
+    `parameters`, the gradient of the sum of the losses, or None. Only `create_graph` gives the gradients a graph.
 
     The sum makes row i of ∇x the gradient of example i's own loss; a mean would divide it by N.
     """
@@ -120,14 +121,15 @@ def losses_and_gradients(model, x, y, parameters=(), create_graph=False):
         x = x.detach().requires_grad_()
         logits = model(x)
         losses = F.cross_entropy(logits, y.detach(), reduction="none")
-        with torch.autocast(x.device.type, enabled=False):  # which would cast the backward operations once more
-            gradient, *of_parameters = torch.autograd.grad(losses.sum(), [x, *parameters], create_graph=create_graph,
-                                                           allow_unused=True)
-    if gradient is None:  # taken for zero, it would look like robustness
+        with torch.autocast(x.device.type, enabled=False):  # it would cast the operations of the backward pass again
+            gradient, *others = torch.autograd.grad(losses.sum(), [x, *parameters], create_graph=create_graph,
+                                                    allow_unused=True)
+    # Both would look like robustness, if taken for a gradient of zero:
+    if gradient is None:
         raise ValueError("the logits have no gradient with respect to x: the model must not detach it")
-    if logits.dtype == torch.float16:  # so would a gradient that underflows
+    if logits.dtype == torch.float16:
         raise ValueError("float16 loses the gradients of pixels: take bfloat16 or float32")
-    return losses, gradient, *of_parameters
+    return losses, gradient, *others
 
 
 def per_channel(sigma, x):
@@ -137,12 +139,18 @@ def per_channel(sigma, x):
     return torch.as_tensor(sigma, dtype=x.dtype, device=x.device).view(-1, 1, 1)
 
 
-def check(x, eps, h=1.0, pixels=False):
-    """Of the mistakes that are easily made and would give a wrong number in silence."""
+# Checks of mistakes that are easily made and would give a wrong number in silence
+
+
+def check(x, **in_pixels):
     if x.ndim != 4 or x.dtype not in (torch.float32, torch.float64):  # in bfloat16 x + δ would be rounded
         raise ValueError(f"x must be float32 images (N, C, H, W), not {x.dtype} {tuple(x.shape)}")
-    if not (0 <= eps <= 1 and 0 < h <= 1):  # 8/255 was meant, not 8
-        raise ValueError(f"ε and h are in pixels of [0, 1], such as 4/255, not {eps} and {h}")
-    if pixels and not (x.min() >= -1e-6 and x.max() <= 1 + 1e-6):  # more than the rounding of a resized image; or nan
-        raise ValueError(f"x must hold pixels in [0, 1], not from {x.min():.3g} to {x.max():.3g}: put the normalisation "
-                         "into the model")
+    for name, value in in_pixels.items():
+        if not 0 <= value <= 1:  # 8/255 was meant, not 8
+            raise ValueError(f"{name} is in pixels of [0, 1], such as 4/255, not {value}")
+
+
+def check_pixels(x):
+    if not (x.min() >= -1e-6 and x.max() <= 1 + 1e-6):  # more than the rounding of a resized image; or nan
+        raise ValueError(f"x must hold pixels in [0, 1], not from {x.min():.3g} to {x.max():.3g}: put the "
+                         "normalisation into the model")

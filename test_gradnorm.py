@@ -318,7 +318,7 @@ PUBLIC = [*LOSSES, pgd_attack, evaluate.autoattack, evaluate.pgd_accuracy]
     ({"model": lambda x: smooth_model()(x.detach())}, "no gradient|not require grad"),
     ({"model": torch.no_grad()(lambda x: smooth_model()(x))}, "no gradient|not require grad"),
     ({"model": lambda x: smooth_model()(x).half()}, "float16 loses"),
-    *(({"eps": eps}, f"pixels of .* not {eps}") for eps in (-0.1, math.nan, 8)),  # 8/255 was meant
+    *(({"eps": eps}, f"eps is in pixels of .* not {eps}") for eps in (-0.1, math.nan, 8)),  # 8/255 was meant
 ])
 def test_no_wrong_input_gives_a_number(call, wrong, words):
     x, y = batch()
@@ -330,6 +330,10 @@ def test_no_wrong_input_gives_a_number(call, wrong, words):
 @pytest.mark.parametrize("call", [pgd_attack, evaluate.autoattack, evaluate.pgd_accuracy])
 def test_images_that_are_no_pixels_are_refused(call):
     model, (x, y) = smooth_model(), batch()
+    with pytest.raises(ValueError, match="h is in pixels .* not 2"):
+        gradnorm_loss_finite_difference(model, x, y, h=2)
+    with pytest.raises(ValueError, match="step_size is in pixels .* not 2"):
+        pgd_attack(model, x, y, step_size=2)
     for wrong in (x - 0.5, x + 0.5, 255 * x, x * math.nan):
         with pytest.raises(ValueError, match="x must hold pixels"):
             call(model, wrong, y, eps=0.1)
@@ -703,6 +707,9 @@ def test_images_held_out_are_those_that_the_parent_has_not_seen(folder, tmp_path
         for name in ("red", "green"):
             shutil.copytree(folder / part / name, tmp_path / "other-images" / part / f"dark {name}")
     run(*flags(folder, "child", 12, "--init", tmp_path / "parent"))
+    rewrite(tmp_path / "parent/checkpoint.pt", model="resnet18", pretrained=True)  # on ImageNet
+    assert "include the test images" in mistake(*flags(folder, "other", 0, "--init", tmp_path / "parent"), "--dataset",
+                                                "imagenette")
     run(*flags(tmp_path / "other-images", "stranger", 6, "--eval-images", "6", "--init", tmp_path / "parent"))
 
 
@@ -721,7 +728,7 @@ def test_init_of_an_unfinished_run_is_told_in_training_and_evaluation(folder, tm
     torch.save(whole | {"epoch": 1}, tmp_path / "parent/checkpoint.pt")
     run(*flags_for(folder, tmp_path / "run"), "--init", tmp_path / "parent", "--epochs", "1")
     assert f"from epoch 1 of 2 of {tmp_path / 'parent'}" in capsys.readouterr().out
-    with pytest.warns(UserWarning, match="its --init trained for 1 of 2 epochs"):
+    with pytest.warns(UserWarning, match="its --init was trained for 1 of 2 epochs"):
         run(tmp_path / "run", "--num-images", "12", "--attack", "clean", script=evaluate)
 
 
@@ -744,6 +751,8 @@ def test_init_with_other_classes_has_a_fresh_head(folder, tmp_path):
     run(*flags_for(folder, tmp_path / "larger"), "--image-size", "64", "--init", tmp_path / "three", "--epochs", "1",
         "--warmup-epochs", "0")
     assert train.load_checkpoint(tmp_path / "larger")[1]["pixels"] == 16  # of the network, whatever the images
+    with pytest.raises(RuntimeError, match="size mismatch for 0.weight"):  # a layer that is no head
+        train.load_matching(nn.Sequential(nn.Linear(5, 3)), nn.Sequential(nn.Linear(4, 3)).state_dict())
     args = settings("--dataset", "imagefolder", "--init", str(tmp_path / "three"))
     assert args.image_size == 16 and settings("--dataset", "imagefolder").image_size == 224
     before, after = saved(tmp_path / "three"), saved(tmp_path / "run")
@@ -1087,6 +1096,7 @@ def test_grey_images_reach_torchvision_models():
     (["--init", "x", "--pretrained"], ["--init", "--pretrained"]),
     (["--pretrained"], ["convnet has no ImageNet weights"]),
     (["--dataset", "imagenette", "--model", "resnet18", "--pretrained"], ["training images include the test images"]),
+    (["--batch-size", "49"], ["--batch-size 49", "48 images"]),
     (["--init", ""], ["--init", "empty"]),  # of an unset variable
     (["--data-dir", ""], ["--data-dir", "empty"]),
     (["--output-dir", ""], ["--output-dir", "empty"]),
@@ -1999,6 +2009,11 @@ def test_strips_are_the_kept_gradients(runs):
     figure = visualize.epochs(drawable(runs[:1]))
     strip = torch.from_numpy(figure.axes[0].get_images()[0].get_array().data)
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["image", "1", "2", "3"]
+    child, parent = drawable(runs[:1]), {"epochs": 30, "parent": {"epochs": 5, "epoch": 2}}
+    child[0].config["parent"] = parent  # --init of a run that itself began from one of two epochs
+    continued = visualize.epochs(child)
+    assert [label.get_text() for label in continued.axes[0].get_xticklabels()] == ["image", "33", "34", "35"]
+    assert list(continued.axes[1].get_lines()[0].get_xdata()) == [33, 34, 35]
     tiles = [strip[1:17, 1 + 17 * i:17 + 17 * i].permute(2, 0, 1) for i in range(4)]
     for epoch in (1, 2, 3):
         kept = torch.load(runs[0] / f"gradients/{epoch:04d}.pt", weights_only=True)
@@ -2096,6 +2111,7 @@ def test_pictures_of_what_is_not_there_are_told(runs, tmp_path, capsys):
         (["accuracy", runs[2], tmp_path / "fewer"], "differ in eval_images"),
         (["accuracy", runs[2], tmp_path / "large"], "differ in image_size"),
         (["epochs", runs[2], tmp_path / "fewer"], "differ in eval_images"),
+        (["all", tmp_path / "runs", tmp_path / "more", "--output", tmp_path], "take each other's place"),
         (["all", runs[1] / "gradients"], "no runs in"),
     ]:
         assert words in mistake(*flags, script=visualize)

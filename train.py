@@ -42,7 +42,7 @@ from gradnorm import gradnorm_loss, gradnorm_loss_finite_difference, input_gradi
 RANK = int(os.environ.get("RANK") or 0)  # these three are set by torchrun
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
-NO_BAR = True if RANK else None  # None: where there is no terminal
+NO_BAR = True if RANK else None  # None: tqdm draws none where there is no terminal
 
 
 class Objective(nn.Module):
@@ -67,11 +67,11 @@ class Objective(nn.Module):
             if args.h:
                 return gradnorm_loss_finite_difference(model, x, y, eps=args.eps, h=args.h, **lambdas)
             return gradnorm_loss(model, x, y, eps=args.eps, **lambdas)
-
+        if args.method == "gradnorm":
+            return args.lambda_ce * F.cross_entropy(model(x), y)
         if args.method == "adversarial":
             x = pgd_attack(model, x, y, eps=args.eps, steps=args.steps, step_size=args.step_size * ramp)
-        weight = args.lambda_ce if args.method == "gradnorm" else 1.0
-        return weight * F.cross_entropy(model(x), y)
+        return F.cross_entropy(model(x), y)  # natural training, or that on the attacked images
 
 
 def training_step(objective, optimizer, args, x, y, ramp=1.0, penalise=True):
@@ -79,7 +79,7 @@ def training_step(objective, optimizer, args, x, y, ramp=1.0, penalise=True):
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
         loss = objective(x, y, ramp, penalise)
     loss.backward()
-    total_norm = nn.utils.clip_grad_norm_(objective.parameters(), max_norm=1.0)  # the paper's
+    total_norm = nn.utils.clip_grad_norm_(objective.parameters(), max_norm=1.0)  # the paper's value
     if not total_norm.isfinite():  # on every rank, since DDP has averaged the gradients: all stop here together
         raise FloatingPointError(f"loss {loss}, norm of its gradient {total_norm}: lower --lr or --lambda-gn, or take "
                                  "--h; the last epoch's checkpoint stays")
@@ -91,9 +91,10 @@ def training_step(objective, optimizer, args, x, y, ramp=1.0, penalise=True):
 def train_epoch(epoch, model, objective, optimizer, ema, loader, args, device):
     """The mean loss of the epoch. Its steps are counted from the start of the training."""
     model.train()
-    if args.init or args.pretrained:  # as in the paper, the statistics of the network that it starts from stay
+    if args.init or args.pretrained:  # as in the paper, a network that was trained before keeps its statistics
         freeze_batchnorm(model)
-    losses, warmup_steps, total_steps = [], args.warmup_epochs * len(loader), args.epochs * len(loader)
+    warmup_steps, total_steps = args.warmup_epochs * len(loader), args.epochs * len(loader)
+    losses = []
     bar = tqdm(loader, leave=False, desc=f"epoch {epoch + 1}/{args.epochs}", disable=NO_BAR)
     for step, (x, y) in enumerate(bar, start=epoch * len(loader)):
         x, y = x.to(device, non_blocking=True).float() / 255, y.to(device, non_blocking=True)
@@ -118,9 +119,10 @@ def main():
     torch.manual_seed(args.seed)  # the same first weights on every rank
     train_set, evaluation_set, loader = load_data(args, pin_memory=device.type == "cuda")
     images, labels = evaluation_images(evaluation_set, args.eval_images)
-    args.classes, args.images, args.world_size = train_set.classes, len(train_set), WORLD_SIZE
+    args.classes, args.images, args.world_size = train_set.classes, len(train_set), WORLD_SIZE  # for the checkpoint
     model = first_model(args, images[0]).to(device)
-    args.channels, args.pixels = len(model[0].mean), args.parent["pixels"] if args.parent else images.shape[-1]
+    args.channels = len(model[0].mean)
+    args.pixels = args.parent["pixels"] if args.init else images.shape[-1]  # the side of the network's images
     objective = Objective(model, args)
     if WORLD_SIZE > 1:
         objective = DistributedDataParallel(objective, device_ids=[LOCAL_RANK] if device.type == "cuda" else None)
@@ -129,27 +131,27 @@ def main():
     output_dir = Path(args.output_dir)
     first_epoch, metrics = resume(output_dir / "checkpoint.pt", model, optimizer, ema, args)
     if RANK == 0:
-        (output_dir / "gradients").mkdir(parents=True, exist_ok=args.resume)  # of two runs at once, one stops here
+        (output_dir / "gradients").mkdir(parents=True, exist_ok=args.resume)  # fails if another run has just begun
         start = f" from epoch {args.parent['epoch']} of {args.parent['epochs']} of {args.init}" if args.init else ""
         print(f"{args.method} training of {args.model}{start} on {args.dataset}: {len(train_set)} images, "
               f"{len(args.classes)} classes, {WORLD_SIZE} process(es) on {device.type}; {output_dir}, {first_epoch} of "
               f"{args.epochs} epochs done", flush=True)
 
     for epoch in range(first_epoch, args.epochs):
-        # An epoch's noise is a function of (seed, epoch, rank): a resumed run needs no random state but these.
+        # An epoch's noise is a function of (seed, epoch, rank), so that --resume needs no random state.
         torch.manual_seed(int(np.random.SeedSequence([args.seed, epoch, RANK]).generate_state(1)[0]))
         loader.sampler.set_epoch(epoch)
         start = time.perf_counter()
         loss = train_epoch(epoch, model, objective, optimizer, ema, loader, args, device)
         seconds = time.perf_counter() - start
         if RANK == 0:  # the others wait for it in their next step
-            kept = ema.module if ema else model  # what load_checkpoint will give
+            averaged = ema.module if ema else model  # what load_checkpoint will give
             metrics.append({"epoch": epoch + 1, "loss": loss, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
-                            **validate(kept, images, labels, args.eps, args.batch_size, device)})
-            few, their_labels = images[:4].clone(), labels[:4].clone()  # a view would be saved with all behind it
-            gradients = input_gradient(kept, few.to(device).float() / 255, their_labels.to(device)).bfloat16().cpu()
-            write_epoch(output_dir, model, ema, optimizer, metrics,
-                        {"images": few, "labels": their_labels, "gradients": gradients}, args)
+                            **validate(averaged, images, labels, args.eps, args.batch_size, device)})
+            few, their_labels = images[:4].clone(), labels[:4].clone()  # with a view torch.save would write all images
+            gradients = input_gradient(averaged, few.to(device).float() / 255, their_labels.to(device))
+            write_epoch(output_dir, model, ema, optimizer, metrics, args,
+                        {"images": few, "labels": their_labels, "gradients": gradients.bfloat16().cpu()})
             print("  ".join(f"{name} {value:.4g}" for name, value in metrics[-1].items()), flush=True)
     leave_processes()
 
@@ -243,8 +245,8 @@ class ConvNet(nn.Module):
 
 
 class Normalize(nn.Module):
-    """The first layer of every model, which therefore takes pixels in [0, 1]. A grey image becomes an RGB one where the
-    mean has three channels."""
+    """The first layer of every model, which therefore takes pixels in [0, 1]. A grey image broadcasts to three channels
+    if the mean has three."""
 
     def __init__(self, mean, std):
         super().__init__()
@@ -287,8 +289,10 @@ def build_model(name, channels, classes, activation=None, pretrained=False, imag
 
 def load_matching(model, weights):
     """All weights but those of a head for another number of classes, which stays as it was drawn."""
-    shapes = {name: own.shape for name, own in model.state_dict().items()}
-    model.load_state_dict({name: w for name, w in weights.items() if w.shape == shapes[name]}, strict=False)
+    own = model.state_dict()
+    heads = {name for name, w in weights.items()
+             if w.shape[:1] != own[name].shape[:1] and w.shape[1:] == own[name].shape[1:]}
+    model.load_state_dict({name: own[name] if name in heads else w for name, w in weights.items()})
 
 
 def freeze_batchnorm(model):
@@ -302,9 +306,9 @@ def first_model(args, image):
     if not args.init:
         return build_model(args.model, len(image), len(args.classes), args.activation, args.pretrained, image.shape[-1])
     parent = args.parent
-    # The same classes are taken for the same images. Where these have become more or fewer, others are held out.
-    grown = args.images + args.val_images != parent["images"] + parent["val_images"]
-    if args.val_images and parent["classes"] == args.classes and (grown or args.val_images > parent["val_images"]):
+    # Data of the same classes are taken for the same data. If their number has changed, other images are held out.
+    changed = args.images + args.val_images != parent["images"] + parent["val_images"]
+    if args.val_images and parent["classes"] == args.classes and (changed or args.val_images > parent["val_images"]):
         raise ValueError(f"--val-images {args.val_images}: {args.init} was trained on some of these images")
     model = build_model(args.model, parent["channels"], len(args.classes), args.activation, image_size=parent["pixels"])
     load_matching(model, load_checkpoint(args.init)[0].state_dict())
@@ -325,6 +329,8 @@ def load_data(args, pin_memory):
     if evaluation_set.classes != train_set.classes:
         differing = sorted({*train_set.classes} ^ {*evaluation_set.classes})[:5]
         raise ValueError(f"train/ and val/ have different classes: {differing}")
+    if args.batch_size * WORLD_SIZE > len(train_set):
+        raise ValueError(f"--batch-size {args.batch_size} x {WORLD_SIZE} is more than the {len(train_set)} images")
     slow = args.dataset == "imagefolder" or args.augment == "strong"  # then worker processes are worth their start
     loader = DataLoader(train_set, args.batch_size, drop_last=True, pin_memory=pin_memory,
                         num_workers=args.workers if slow else 0,
@@ -362,7 +368,7 @@ def load_dataset(args, part):
         dataset.classes, dataset.targets = classes, targets[chosen]
         if training and (missing := {*range(len(classes))} - {*dataset.targets.tolist()}):
             raise ValueError(f"--val-images {args.val_images} holds out all images of {classes[min(missing)]}")
-    if training and args.dataset == "shapes":  # after the choice above, so that held-out images keep their true labels
+    if training and args.dataset == "shapes":  # after --val-images, which keep their true labels
         whole.targets = mislabel(whole.targets)
     return dataset
 
@@ -486,8 +492,8 @@ def draw_shapes(n, seed, size=32):
 
 def mislabel(targets, classes=10, share=0.1):
     """The training labels of `shapes`: targets (N,), each with probability `share` drawn anew from all classes. With
-    true labels a small network becomes sure of every image, and its loss vanishes together with its input gradient,
-    however steep it is nearby: the penalty finds nothing there. Photographs keep a network in doubt by themselves."""
+    true labels a small network becomes sure of every image: its loss vanishes, and its input gradient too, however
+    steep the loss is nearby, so that the penalty has nothing to act on. Photographs leave a network in doubt anyway."""
     rng = torch.Generator().manual_seed(2)  # 0 and 1 have drawn the images
     anew = torch.rand(len(targets), generator=rng) < share
     return torch.where(anew, torch.randint(classes, targets.shape, generator=rng), targets)
@@ -496,14 +502,14 @@ def mislabel(targets, classes=10, share=0.1):
 # Checkpoints
 
 
-# Flags that do not change what a run learns. (--init does, by `parent`; the number of workers changes the noise of
-# augmentation alone.)
-PLACES = {"output_dir", "resume", "data_dir", "workers", "init"}
+# Flags in which a run and its continuation may differ. (What --init names is compared as `parent`; the number of
+# workers changes the noise of augmentation alone.)
+NOT_COMPARED = {"output_dir", "resume", "data_dir", "workers", "init"}
 
 
 def experiment(config):
     """The part of a configuration that the runs of one experiment share, whatever their seeds."""
-    return {name: value for name, value in config.items() if name not in PLACES | {"seed", "eval_images"}}
+    return {name: value for name, value in config.items() if name not in NOT_COMPARED | {"seed", "eval_images"}}
 
 
 def checkpoint_path(path):
@@ -539,7 +545,7 @@ def resume(path, model, optimizer, ema, args):
     checkpoint = from_rank_zero(lambda: read_checkpoint(path) if path.exists() else None)  # there only with --resume
     if not checkpoint:
         return 0, []
-    for name in vars(args).keys() - PLACES:
+    for name in sorted(vars(args).keys() - NOT_COMPARED):
         if getattr(args, name) != checkpoint["config"].get(name):
             raise ValueError(f"--resume: {name} is {getattr(args, name)}, it was {checkpoint['config'].get(name)}")
     model.load_state_dict(checkpoint["model"])
@@ -549,13 +555,13 @@ def resume(path, model, optimizer, ema, args):
     return checkpoint["epoch"], checkpoint["metrics"]
 
 
-def write_epoch(output_dir, model, ema, optimizer, metrics, gradients, args):
+def write_epoch(output_dir, model, ema, optimizer, metrics, args, gradients):
     epoch = len(metrics)
     with atomic_write(output_dir / f"gradients/{epoch:04d}.pt") as file:
         torch.save(gradients, file)
     with atomic_write(output_dir / "metrics.jsonl") as file:
         file.writelines(json.dumps(line).encode() + b"\n" for line in metrics)
-    with atomic_write(output_dir / "checkpoint.pt") as file:  # the last: after a kill before it, the epoch is repeated
+    with atomic_write(output_dir / "checkpoint.pt") as file:  # the last: a run that is killed before repeats the epoch
         torch.save({"model": model.state_dict(), "ema": ema.state_dict() if ema else None, "epoch": epoch,
                     "optimizer": optimizer.state_dict(), "metrics": metrics, "config": vars(args)}, file)
 
@@ -642,7 +648,7 @@ def make_parser():
     add("--lambda-ce", default=0.8, type=float, help="gradnorm: weight of the cross-entropy")
     add("--lambda-gn", default=1.2, type=float, help="gradnorm: weight of the gradient norm")
     add("--h", type=zero_to_one, help="gradnorm: step of the finite difference, such as 2/255; else double backprop")
-    add("--gradnorm-every", default=1, type=count, metavar="K", help="gradnorm: penalty in every K-th step, K times it")
+    add("--gradnorm-every", default=1, type=count, metavar="K", help="gradnorm: in every K-th step K times the penalty")
     add("--steps", default=3, type=count, metavar="N", help="adversarial: steps of PGD")
     add("--step-size", type=zero_to_one, help="adversarial: in pixels; by default 2ε/N, and 1.25ε for N = 1")
 
@@ -696,13 +702,14 @@ def parse_args():
         checkpoint = read_checkpoint(args.init)
         args.parent = experiment(checkpoint["config"]) | {"epoch": checkpoint["epoch"]}
         args.model, args.activation = args.parent["model"], args.parent["activation"]
+        args.pretrained = args.parent["pretrained"]
     args.model = args.model or "convnet"
     if args.pretrained and args.model == "convnet":
         parser.error("--pretrained: convnet has no ImageNet weights; choose another --model")
     if args.pretrained and args.dataset == "imagenette":
         parser.error("--pretrained: ImageNet's training images include the test images of --dataset imagenette")
-    if args.dataset in ("imagenette", "imagefolder") and not args.image_size:
-        args.image_size = args.parent["pixels"] if args.init else {"imagenette": 64, "imagefolder": 224}[args.dataset]
+    size = {"imagenette": 64, "imagefolder": 224}.get(args.dataset)  # the other data have a size of their own
+    args.image_size = size and (args.image_size or (args.parent["pixels"] if args.init else size))
     if args.lr is None:
         args.lr = 1e-2 if args.model == "convnet" else 1e-3
     return args

@@ -7,7 +7,7 @@
     python visualize.py cost      runs/natural runs/gradnorm runs/adversarial    # robustness against training time
     python visualize.py loss      runs/natural runs/gradnorm runs/adversarial    # the loss along its gradient, and PGD
     python visualize.py attack    runs/natural runs/gradnorm                     # what the models say when attacked
-    python visualize.py all       runs/                                          # all that the folder's runs allow
+    python visualize.py all       runs/                                          # each picture that there are data for
 
 A picture goes where --output says, else into the folder that holds the first run. Needs matplotlib. Each picture is one
 function, from runs to a figure; read the one that you want. What they are made of, and the command line, come after.
@@ -15,6 +15,7 @@ function, from runs to a figure; read the one that you want. What they are made 
 
 import argparse
 import json
+import math
 import os
 import textwrap
 from pathlib import Path
@@ -40,19 +41,19 @@ METHODS = {"natural": "#0072B2", "double backprop": "#D55E00", "finite differenc
 
 
 def gradients(runs, count=6):
-    """Columns: held-out images of different classes that all models classify rightly. Rows: the image, and ∇x L of each
-    model; at its left the mean L1 norm over up to 200 held-out images."""
+    """Columns: evaluation images that all models classify rightly. Rows: the image, and ∇x L of each model; at its left
+    the mean L1 norm over up to 200 evaluation images."""
     models, x, labels, chosen, names = models_and_images(runs, count)
     rows, titles = [x[chosen]], ["image"]
     for model, run in zip(models, runs):
-        gradient = torch.cat([input_gradient(model, *batch) for batch in zip(x.split(50), labels.split(50))])
+        gradient = input_gradients(model, x, labels)
         rows.append(gradient_tiles(gradient[chosen]))
         titles.append(f"{run.style['label']}\nmean norm {gradient.abs().sum((1, 2, 3)).mean():.3g}")
     return captioned_grid(rows, titles, [names] + [[""] * len(chosen)] * len(runs))
 
 
 def attack(runs, count=4, steps=20):
-    """Columns: held-out images that all models classify rightly. Rows: the image, with each model's confidence in its
+    """Columns: evaluation images that all models classify rightly. Rows: the image, with each model's confidence in its
     class; then for each model what PGD adds at the training ε, enlarged, and the sum, with the model's verdict, ✓ or ✗.
     """
     models, x, labels, chosen, names = models_and_images(runs, count)
@@ -80,18 +81,22 @@ def verdicts(model, x):
 
 
 def models_and_images(runs, count):
-    """The models of the runs; up to 200 held-out images (N, C, H, W) and their labels (N,); the indices of the first
+    """The models of the runs; up to 200 evaluation images (N, C, H, W) and their labels (N,); the indices of the first
     `count` that all models classify rightly, the classes in turn, and the names of these images' classes."""
     config = runs[0].config
     models = [train.load_checkpoint(run.checkpoint)[0] for run in runs]
     images, labels = train.evaluation_images(train.load_evaluation_set(config), 200)
     x = images.float() / 255
     with torch.no_grad():
-        right = torch.stack([model(x).argmax(1) == labels for model in models]).all(0)
-    chosen = right.nonzero()[:count, 0]  # in which the classes alternate
+        right = torch.stack([~train.misclassified(model(x), labels) for model in models]).all(0)
+    chosen = right.nonzero()[:count, 0]  # `evaluation_images` alternates the classes
     if not len(chosen):
         raise ValueError("no image is classified rightly by all models: train them longer")
     return models, x, labels, chosen, [config["classes"][label] for label in labels[chosen]]
+
+
+def input_gradients(model, x, labels):
+    return torch.cat([input_gradient(model, *batch) for batch in zip(x.split(50), labels.split(50))])
 
 
 def gradient_tiles(gradient, quantile=0.99):
@@ -132,7 +137,8 @@ def epochs(runs, columns=10):
         strip = make_grid(torch.stack(tiles, dim=1).flatten(0, 1), nrow=len(tiles), padding=1, pad_value=1.0)
         ax.imshow(strip.permute(1, 2, 0).numpy(), interpolation="nearest", extent=(0, len(tiles), 0, 2))
         ax.set(xlim=(0, across), yticks=[])
-        ax.set_xticks([i + 0.5 for i in range(len(tiles))], ["image", *(str(int(file.stem)) for file in files)])
+        ax.set_xticks([i + 0.5 for i in range(len(tiles))], 
+                      ["image", *(str(first_epoch(run.config) + int(file.stem)) for file in files)])
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
         ax.set_title(f"{run.style['label']}: ∇x L after epoch", color=run.style["color"], loc="left")
@@ -191,18 +197,18 @@ def loss(runs, count=300, steps=20):
     figure, ax = curves()
     eps = runs[0].config["eps"]
     images, labels = train.evaluation_images(train.load_evaluation_set(runs[0].config), count)
-    x, distances, lowest = images.float() / 255, torch.linspace(0, 2 * eps, 17), 1.0
+    x, distances, lowest = images.float() / 255, torch.linspace(0, 2 * eps, 17), math.inf
     for run in runs:
         model, _ = train.load_checkpoint(run.checkpoint)
-        gradient = input_gradient(model, x, labels)
+        gradient = input_gradients(model, x, labels)
+        sign = gradient.sign()
         torch.manual_seed(0)
         attacked = pgd_attack(model, x, labels, eps=eps, steps=steps)
         with torch.no_grad():
-            along = [(x + t * gradient.sign()).clamp(0, 1) for t in distances]
-            *losses, strongest = [F.cross_entropy(model(each), labels).item() for each in (*along, attacked)]
-        moves = 255 * ((x + gradient.sign() / 255).clamp(0, 1) - x)  # 0 at a wall: pixels are multiples of 1/255
-        lowest = min(lowest, *losses)
-        tangent = losses[0] + distances * (gradient * moves).sum((1, 2, 3)).mean()
+            losses = [F.cross_entropy(model((x + t * sign).clamp(0, 1)), labels).item() for t in distances]
+            strongest = F.cross_entropy(model(attacked), labels).item()
+        moves = 255 * ((x + sign / 255).clamp(0, 1) - x)  # the sign, or 0 where clipping would undo it
+        tangent, lowest = losses[0] + distances * (gradient * moves).sum((1, 2, 3)).mean(), min(lowest, *losses)
         plot(ax, run, 255 * distances, losses, marker="")
         plot(ax, run, 255 * distances, tangent, linestyle=":", marker="", label="_")
         plot(ax, run, [255 * eps], [strongest], marker="*", markersize=15, label="_")
@@ -210,7 +216,7 @@ def loss(runs, count=300, steps=20):
     ax.plot([], [], color="black", linestyle="", marker="*", markersize=15,
             label=f"PGD-{steps}, ε = {fraction(runs[0])}")
     ax.set(xlabel="t (1/255)", ylabel="mean of L(x + t · sign ∇x L(x))")
-    if lowest < 0.01:  # of networks that are sure: a linear axis would lie on it
+    if lowest < 0.01:  # of networks that are sure: on a linear axis they would lie on the frame. The tangent is bent.
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter("{x:g}")
     else:
@@ -267,7 +273,7 @@ def values(run, name):
 
 
 def first_epoch(config):
-    """How many epochs the run that --init named had behind it, and the one before."""
+    """The epochs that were trained before this run, by those in its chain of --init."""
     parent = config.get("parent")
     return first_epoch(parent) + parent.get("epoch", parent["epochs"]) if parent else 0
 
@@ -277,15 +283,15 @@ def epochs_of(run):
 
 
 def common_results(runs, patterns, eps=None):
-    """Of the results whose files fit a pattern, that have ε, and that all runs have of one attack on the same images:
-    those of most images and steps, one per run. The first pattern with such results is used."""
+    """Results that every run has, with ε, of the same attack on the same images: those of most images, then of most
+    steps, one per run. The patterns of file names are tried in their order."""
     for pattern in patterns:
-        common = [{(attack_name(result), result["num_images"], *result["radii"], result.get("images_sha256")): result
+        common = [{(attack_name(result), result["num_images"], str(result.get("images_sha256"))): result
                    for result in run.results
                    if Path(result["file"]).match(pattern) and (eps is None or eps in result["radii"])} for run in runs]
         shared = set.intersection(*map(set, common))
         if shared:
-            best = max(shared, key=lambda key: (common[0][key]["num_images"], common[0][key]["steps"], str(key)))
+            best = max(shared, key=lambda key: (common[0][key]["num_images"], common[0][key]["steps"], key))
             return [each[best] for each in common]
     raise ValueError(f"the runs have no {' or '.join(patterns)} of evaluate.py in common"
                      + (f" with eps {255 * eps:.3g}/255" if eps else ""))
@@ -316,8 +322,8 @@ def load_run(path, data_dir=None):
 
 
 def tell_apart(runs):
-    """The runs, of the same data, each with the style of its lines: the colour and the name of its method, or, where
-    several have one method, a shade of it, a marker, and what they differ in, else the names of their folders."""
+    """The runs, of the same data, each with the style of its lines. The colour is that of its method, in shades where
+    several have one; the label is the method and the flags that differ among its runs, or else the folder's name."""
     must_agree(runs, "dataset", "classes", "images", "val_images", "image_size", "pixels")
     above = os.path.commonpath([os.path.abspath(run.path.parent) for run in runs])
     robust = [run for run in runs if run.config["method"] != "natural"]  # natural training has no ε, and is the start
@@ -348,9 +354,8 @@ def method_of(config):
 
 
 def differences(configs, names=None):
-    """For each configuration the flags, with their values, in which not all of them agree: those of some `names`, or
-    all."""
-    flags = vars(train.make_parser().parse_args([])).keys() - train.PLACES - {"eval_images", "steps", "step_size"}
+    """For each configuration the flags, with their values, that differ between them: of these `names`, or of all."""
+    flags = vars(train.make_parser().parse_args([])).keys() - train.NOT_COMPARED - {"eval_images", "steps", "step_size"}
     shown = [{flag: f"{flag.replace('_', '-')} {config.get(flag) or 0}" for flag in sorted(flags)}
              | {name: f"{name} {255 * (config.get(name) or 0):.3g}/255" for name in ("eps", "h")}
              | {"parent": f"from {config['parent']['method'] if config.get('parent') else 'scratch'}"}
@@ -383,6 +388,8 @@ def main():
     parser.add_argument("--output", type=train.path_type, metavar="FILE",
                         help="PNG to write; for all, the folder to write into")
     args = parser.parse_args()
+    if args.output and args.picture == "all" and len(args.runs) > 1:
+        parser.error("--output: the pictures of these folders would take each other's place")
     if args.picture == "all":
         draw_all(args)
         return

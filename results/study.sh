@@ -136,6 +136,11 @@ photographs() {
     seeds single-long --method adversarial --steps 1 --lr 2e-2 --eval-images 200 $start --epochs 36
     seeds adversarial --method adversarial --lr 2e-2 --eval-images 200 $start
     seeds adversarial-1e-2 --method adversarial $start
+    local smooth="--lr 2e-2 --label-smoothing 0.1 --eval-images 200 $start"
+    SEEDS=0 seeds gradnorm-smooth --method gradnorm $smooth
+    SEEDS=0 seeds difference-smooth --method gradnorm --h 2/255 $smooth
+    SEEDS=0 seeds single-smooth --method adversarial --steps 1 $smooth
+    SEEDS=0 seeds adversarial-smooth --method adversarial $smooth
     SEEDS=0 seeds adversarial-40 --method adversarial --lr 2e-2 --eval-images 200 $start --epochs 40
     SEEDS=0 seeds gradnorm-scratch --method gradnorm --lr 2e-2 --epochs 20 --eval-images 200
     SEEDS=0 seeds adversarial-scratch --method adversarial --epochs 20 --eval-images 200
