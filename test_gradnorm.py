@@ -707,10 +707,10 @@ def test_images_held_out_are_those_that_the_parent_has_not_seen(folder, tmp_path
         for name in ("red", "green"):
             shutil.copytree(folder / part / name, tmp_path / "other-images" / part / f"dark {name}")
     run(*flags(folder, "child", 12, "--init", tmp_path / "parent"))
+    run(*flags(tmp_path / "other-images", "stranger", 6, "--eval-images", "6", "--init", tmp_path / "parent"))
     rewrite(tmp_path / "parent/checkpoint.pt", model="resnet18", pretrained=True)  # on ImageNet
     assert "include the test images" in mistake(*flags(folder, "other", 0, "--init", tmp_path / "parent"), "--dataset",
                                                 "imagenette")
-    run(*flags(tmp_path / "other-images", "stranger", 6, "--eval-images", "6", "--init", tmp_path / "parent"))
 
 
 def test_a_class_is_not_held_out_whole(folder, tmp_path):

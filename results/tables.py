@@ -21,6 +21,8 @@ TRAININGS = {"natural": "natural", "double backprop": "gradnorm", "double backpr
              "finite difference, λ_GN = 0.9, every 2nd step": "every-2",
              "single-step": "single", "single-step, 36 epochs": "single-long", "PGD-3": "adversarial",
              "PGD-3, half the rate": "adversarial-1e-2", "PGD-3, 40 epochs": "adversarial-40"}
+SMOOTH = {"double backprop": "gradnorm", "finite difference": "difference-1.2", "single-step": "single",
+          "PGD-3": "adversarial"}  # with label smoothing: gradnorm-smooth and so on, but difference-smooth
 PUBLISHED = {"natural": "imagenette/natural-0", "double backprop": "imagenette/gradnorm-0",
              "finite difference": "imagenette-cpu/finite-difference-1.2", "PGD-3": "imagenette/adversarial-0"}
 
@@ -73,6 +75,16 @@ def main():
           *([name, *(difference(each[name], each["PGD-3"]) for each in (pgd, some, auto)),
              difference(auto[name] - some[name], auto["PGD-3"] - some["PGD-3"])]
             for name in runs if len(runs[name]) == 3 and auto[name] is not None and name not in ("natural", "PGD-3")))
+
+    rows = []
+    for name, run in SMOOTH.items():
+        smooth = sorted(path.name for path in (HERE / "imagenette").glob(f"{run.removesuffix('-1.2')}-smooth-[012]"))
+        with_it = [f"imagenette/{each}" for each in smooth]
+        without = [f"imagenette/{run}-{each[-1]}" for each in smooth]  # the same seeds
+        ours, theirs = standing("pgd20-3925-eps4.json", *with_it), standing("pgd20-3925-eps4.json", *without)
+        rows.append([f"{name}, label smoothing 0.1", str(len(smooth)), mean(clean(*with_it)), mean(ours),
+                     f"{(clean(*with_it) - clean(*without)).mean():+.1f}".replace("-", "−"), difference(ours, theirs)])
+    table(["with label smoothing", "seeds", "clean", "PGD-20", "clean, minus without", "PGD-20, minus without"], *rows)
 
     pgd = {name: standing("pgd20-3925-eps4.json", run)[:, :1024] for name, run in PUBLISHED.items()}
     auto = {name: standing("autoattack-1024-eps4.json", run) for name, run in PUBLISHED.items()}
