@@ -409,17 +409,19 @@ def main():
 def evaluate_checkpoint(path, args, device):
     """The result of one checkpoint on its own evaluation images. The file beside it keeps how far it has come, at last
     the result: an evaluation with the same settings goes on from there."""
+    sha256 = train.from_rank_zero(lambda: file_sha256(path))
     model, config = train.load_checkpoint(path, device)
     dataset = train.load_evaluation_set(config, args.data_dir)
     if args.num_images > len(dataset):
         raise ValueError(f"--num-images {args.num_images}: there are {len(dataset)} images")
     images, labels = train.evaluation_images(dataset, args.num_images)
     x, y = images.to(device).float() / 255, labels.to(device)
-    settings = {"sha256": train.from_rank_zero(lambda: file_sha256(path)), "attack": args.attack, "radii": args.eps,
-                "images_sha256": hashlib.sha256(images.numpy()).hexdigest(), "steps": args.steps,
-                "restarts": args.restarts, "num_images": args.num_images}
+    settings = {"sha256": sha256, "images_sha256": hashlib.sha256(images.numpy()).hexdigest(), "attack": args.attack,
+                "radii": args.eps, "steps": args.steps, "restarts": args.restarts, "num_images": args.num_images}
     file = result_path(path, args)
     saved = train.from_rank_zero(lambda: json.loads(file.read_bytes()) if file.exists() else {})
+    if saved.get("images_sha256", settings["images_sha256"]) != settings["images_sha256"]:
+        raise ValueError(f"{file} is of other images: move it away")
     begun = all(saved.get(name) == value for name, value in settings.items())
     if begun and "radius" not in saved:  # which the progress has, and the result has not
         if RANK == 0:

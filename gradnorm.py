@@ -22,9 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 def gradnorm_loss(model, x, y, *, lambda_ce=0.8, lambda_gn=1.2, eps=4 / 255, sigma=1.0):
     """L_GradNorm by double backprop: exact, at the cost of differentiating the backward pass.
 
-    The default λ_CE, λ_GN and ε are those of the paper. `eps` is in pixels of [0, 1]. `sigma` is the divisor of
-    the input's normalisation, a number or one per channel: 1 if `x` holds pixels, the paper's 0.224 if `x` is
-    already (pixels - mean) / 0.224. By the chain rule ∇pixel = ∇x / σ, so both give the same penalty. (If `x` is
+    The default λ_CE, λ_GN and ε are those of the paper. `eps` is in pixels of [0, 1]. `sigma` is the divisor of the
+    input's normalisation in pixels of [0, 1], a number or one per channel: 1 if `x` holds pixels, the paper's 0.224 if
+    `x` is already (pixels - mean) / 0.224. By the chain rule ∇pixel = ∇x / σ, so both give the same penalty. (If `x` is
     normalised and `sigma` is forgotten, no error says so.)
 
     A BatchNorm in train mode mixes the examples of a batch: the norm is then that of the gradient of the *summed*
@@ -61,7 +61,7 @@ def gradnorm_loss_finite_difference(model, x, y, *, lambda_ce=0.8, lambda_gn=1.2
     losses, gradient, *parameter_gradients = losses_and_gradients(model, x, y, parameters)
     loss_at_x = KnownGradient.apply(losses.detach().sum(), parameter_gradients, *parameters) / len(x)
     displacement = h / per_channel(sigma, x) * gradient.sign()
-    loss_moved = F.cross_entropy(model(x.detach() + displacement), y.detach())
+    loss_moved = F.cross_entropy(model(x.detach() + displacement), y.detach(), reduction="none").mean()
     return lambda_ce * loss_at_x + lambda_gn * eps * (loss_moved - loss_at_x) / h
 
 
@@ -102,7 +102,9 @@ def pgd_attack(model, x, y, *, eps=4 / 255, step_size=None, steps=10, random_sta
         start = x + torch.empty_like(x).uniform_(-eps, eps) if random_start else x
     adversarial = start.detach().clamp(lowest, highest)
     for _ in range(steps):
-        adversarial = (adversarial + step_size * input_gradient(model, adversarial, y).sign()).clamp(lowest, highest)
+        gradient = input_gradient(model, adversarial, y)
+        sign = gradient.sign() + 0 * gradient  # of nan it is nan: a step of 0 would look like robustness
+        adversarial = (adversarial + step_size * sign).clamp(lowest, highest)
     return adversarial
 
 
@@ -120,6 +122,8 @@ def losses_and_gradients(model, x, y, parameters=(), create_graph=False):
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         logits = model(x)
+        if logits.ndim != 2 or logits.shape[1] < 2:  # the loss of one class is 0, that of a map has another mean
+            raise ValueError(f"the model must return logits (N, classes), not {tuple(logits.shape)}")
         losses = F.cross_entropy(logits, y.detach(), reduction="none")
         with torch.autocast(x.device.type, enabled=False):  # it would cast the operations of the backward pass again
             gradient, *others = torch.autograd.grad(losses.sum(), [x, *parameters], create_graph=create_graph,
@@ -133,10 +137,10 @@ def losses_and_gradients(model, x, y, parameters=(), create_graph=False):
 
 
 def per_channel(sigma, x):
-    """`sigma`, a number or one per channel, in a shape that divides images."""
+    """`sigma`, a number or one per channel, in a shape that divides images (N, C, H, W)."""
     if isinstance(sigma, (int, float)):  # as a tensor it would be copied to the GPU, for which the CPU waits
         return sigma
-    return torch.as_tensor(sigma, dtype=x.dtype, device=x.device).view(-1, 1, 1)
+    return torch.as_tensor(sigma, dtype=x.dtype, device=x.device).view(-1, 1, 1).expand(x.shape[1], 1, 1)
 
 
 # Checks of mistakes that are easily made and would give a wrong number in silence

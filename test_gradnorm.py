@@ -318,6 +318,8 @@ PUBLIC = [*LOSSES, pgd_attack, evaluate.autoattack, evaluate.pgd_accuracy]
     ({"model": lambda x: smooth_model()(x.detach())}, "no gradient|not require grad"),
     ({"model": torch.no_grad()(lambda x: smooth_model()(x))}, "no gradient|not require grad"),
     ({"model": lambda x: smooth_model()(x).half()}, "float16 loses"),
+    ({"model": lambda x: smooth_model()(x)[:, :1], "y": torch.zeros(5, dtype=torch.long)}, r"logits .*\(5, 1\)"),
+    ({"model": lambda x: x, "y": torch.zeros(5, 8, 8, dtype=torch.long)}, r"logits|shape|size|dimension"),
     *(({"eps": eps}, f"eps is in pixels of .* not {eps}") for eps in (-0.1, math.nan, 8)),  # 8/255 was meant
 ])
 def test_no_wrong_input_gives_a_number(call, wrong, words):
@@ -334,6 +336,8 @@ def test_images_that_are_no_pixels_are_refused(call):
         gradnorm_loss_finite_difference(model, x, y, h=2)
     with pytest.raises(ValueError, match="step_size is in pixels .* not 2"):
         pgd_attack(model, x, y, step_size=2)
+    with pytest.raises(RuntimeError, match="expand"):  # would be three penalties
+        gradnorm_loss(Layer(lambda grey: model(grey.expand(-1, 3, -1, -1))), x[:, :1], y, sigma=[0.2, 0.2, 0.2])
     for wrong in (x - 0.5, x + 0.5, 255 * x, x * math.nan):
         with pytest.raises(ValueError, match="x must hold pixels"):
             call(model, wrong, y, eps=0.1)
@@ -402,6 +406,22 @@ def test_the_finite_difference_keeps_no_gradients_after_its_backward_pass():
     assert len(kept) == 8 and all(reference() is not None for reference in kept)
     loss.backward()
     assert all(reference() is None for reference in kept) and loss.isfinite()
+
+
+def test_ignored_labels_count_in_both_forms_alike():
+    model, (x, y) = smooth_model(), batch()
+    y[:2] = -100
+    exact, near = gradnorm_loss(model, x, y), gradnorm_loss_finite_difference(model, x, y, h=1e-6)
+    torch.testing.assert_close(near, exact, rtol=1e-5, atol=0)
+
+
+def test_a_gradient_of_nan_is_no_failed_attack():
+    """A black image has no contrast to divide by: its loss is finite, its input gradient is nan."""
+    contrast = Layer(lambda x: x / (1 + x.pow(2).mean((1, 2, 3), keepdim=True).sqrt()))
+    model, (x, y) = nn.Sequential(contrast, smooth_model()), batch()
+    x[0] = 0
+    adversarial = pgd_attack(model, x, y, random_start=False)
+    assert adversarial[0].isnan().all() and adversarial[1:].isfinite().all()
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -837,7 +857,11 @@ def test_batchnorm_is_frozen_in_a_run_that_starts_from_trained_weights(folder, t
     run(*flags("natural"), "--method", "natural", "--model", "resnet18")
     natural = saved(tmp_path / "natural")
     weights = {name.removeprefix("1."): value for name, value in natural.items() if name.startswith("1.")}
-    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", lambda self: weights)
+    published = torchvision.models.get_model("resnet18", num_classes=3)
+    published.load_state_dict(weights)
+    build = torchvision.models.get_model
+    monkeypatch.setattr(torchvision.models, "get_model",
+                        lambda name, weights=None, **others: published if weights else build(name, **others))
     run(*flags("robust"), *([start, tmp_path / "natural"] if start == "--init" else [start, "--model", "resnet18"]))
     robust = saved(tmp_path / "robust")
     statistics = [name for name in natural if "running" in name or "num_batches" in name]
@@ -1097,6 +1121,8 @@ def test_grey_images_reach_torchvision_models():
     (["--pretrained"], ["convnet has no ImageNet weights"]),
     (["--dataset", "imagenette", "--model", "resnet18", "--pretrained"], ["training images include the test images"]),
     (["--batch-size", "49"], ["--batch-size 49", "48 images"]),
+    (["--ema-decay", "0.9998"], ["0.9998: at the end the first weights would still be 100% of the average"]),
+    (["--dataset", "shapes"], ["--data-dir", "shapes are drawn"]),
     (["--init", ""], ["--init", "empty"]),  # of an unset variable
     (["--data-dir", ""], ["--data-dir", "empty"]),
     (["--output-dir", ""], ["--output-dir", "empty"]),
@@ -1165,9 +1191,10 @@ def test_a_file_that_is_no_whole_checkpoint_is_named_and_left_as_it_is(folder, t
 
 @pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "mobilenet_v3_small"])
 def test_pretrained_weights_are_taken_but_for_a_head_of_other_classes(monkeypatch, name):
-    weights = torchvision.models.get_model(name).state_dict()
-    published = torchvision.models.get_model_weights(name)
-    monkeypatch.setattr(published, "get_state_dict", lambda self: weights)
+    build, published = torchvision.models.get_model, torchvision.models.get_model(name)
+    weights = {key: value.clone() for key, value in published.state_dict().items()}
+    monkeypatch.setattr(torchvision.models, "get_model",
+                        lambda name, weights=None, **others: published if weights else build(name, **others))
     kept = train.build_model(name, 3, 1000, pretrained=True)[1]
     assert all(torch.equal(value, weights[key]) for key, value in kept.state_dict().items())
     model = train.build_model(name, 3, 7, pretrained=True).eval()
@@ -1185,6 +1212,14 @@ def test_a_vision_transformer_is_built_again_for_its_image_size(folder, tmp_path
     run(*flags_for(folder, tmp_path / "run"), "--model", "vit_b_16", "--epochs", "1")
     model, config = train.load_checkpoint(tmp_path / "run")
     assert model(torch.rand(2, 3, 16, 16)).shape == (2, 3) and config["pixels"] == 16
+
+
+def test_one_class_is_refused(folder, tmp_path):
+    (tmp_path / "data/train").mkdir(parents=True)
+    (tmp_path / "data/val").mkdir()
+    for part in ("train", "val"):
+        (tmp_path / "data" / part / "all").symlink_to(folder / part)  # a folder too high
+    assert "one class, ['all']" in mistake(*flags_for(tmp_path / "data", tmp_path / "run"))
 
 
 def test_train_and_val_must_have_the_same_classes(folder, tmp_path):
@@ -1768,14 +1803,14 @@ def test_bad_input_of_the_evaluation_is_told(checkpoint, folder, tmp_path):
 
 
 def test_a_result_is_of_the_images_that_it_names(checkpoint, folder, tmp_path):
-    """Test images are replaced: they are attacked anew. Training images are added: other images would be held out."""
+    """Test images are replaced; training images are added, so that other images would be held out."""
     run(checkpoint, "--num-images", "12", script=evaluate)
     before = result(checkpoint.parent, "pgd10-12-eps1-2-4.json")
     shutil.copytree(folder, tmp_path / "grown")
     shutil.copy(tmp_path / "grown/val/red/0.jpg", tmp_path / "grown/val/red/1.jpg")
     flags = [checkpoint, "--num-images", "12", "--data-dir", tmp_path / "grown"]
-    assert len(stages_of(*flags)) == 3
-    assert result(checkpoint.parent, "pgd10-12-eps1-2-4.json")["images_sha256"] != before["images_sha256"]
+    assert "is of other images: move it away" in mistake(*flags, script=evaluate)
+    assert result(checkpoint.parent, "pgd10-12-eps1-2-4.json") == before
     rewrite(checkpoint, val_images=12, images=36)
     shutil.copy(tmp_path / "grown/val/red/0.jpg", tmp_path / "grown/train/red/new.jpg")
     assert "training images have changed" in mistake(*flags, script=evaluate)
@@ -1994,6 +2029,9 @@ def test_results_of_another_checkpoint_are_left_out(runs):
     assert len(visualize.load_run(runs[0]).results) == 3
     run(runs[0] / "best.pt", "--eps", "8/255", "--num-images", "12", script=evaluate)
     assert "PGD-10" in visualize.cost(drawable([runs[0] / "best.pt", runs[1]])).axes[0].get_ylabel()
+    assert [run.style["label"] for run in drawable([runs[0] / "best.pt", runs[1]])] == ["natural/best.pt", "gradnorm"]
+    with pytest.raises(FileNotFoundError, match="bset.pt"):
+        visualize.load_run(runs[0] / "bset.pt")
 
 
 def test_legends_say_what_differs_and_what_is_unfinished(runs):

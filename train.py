@@ -128,6 +128,9 @@ def main():
         objective = DistributedDataParallel(objective, device_ids=[LOCAL_RANK] if device.type == "cuda" else None)
     optimizer = build_optimizer(model, args)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay)) if args.ema_decay else None
+    if ema and args.ema_decay ** (args.epochs * len(loader)) > 0.01:  # it would look like a method without effect
+        raise ValueError(f"--ema-decay {args.ema_decay}: at the end the first weights would still be "
+                         f"{args.ema_decay ** (args.epochs * len(loader)):.0%} of the average")
     output_dir = Path(args.output_dir)
     first_epoch, metrics = resume(output_dir / "checkpoint.pt", model, optimizer, ema, args)
     if RANK == 0:
@@ -271,7 +274,7 @@ def build_model(name, channels, classes, activation=None, pretrained=False, imag
         size = {"image_size": image_size} if name.startswith("vit_") and not pretrained else {}  # the others take any
         network = torchvision.models.get_model(name, num_classes=classes, **size)
         if pretrained:
-            load_matching(network, weights.get_state_dict())
+            load_matching(network, torchvision.models.get_model(name, weights=weights).state_dict())
         model = nn.Sequential(Normalize(weights.transforms().mean, weights.transforms().std), network)
     replaced = 0
     for module in list(model.modules()):
@@ -321,11 +324,9 @@ def first_model(args, image):
 def load_data(args, pin_memory):
     """The training set, the set to evaluate on, and this rank's batches of the former, shuffled anew by
     `sampler.set_epoch`: images (N, C, H, W) uint8 and targets (N,)."""
-    if WORLD_SIZE > 1 and LOCAL_RANK > 0:
-        dist.barrier()  # until the first process of this machine has downloaded them
     train_set, evaluation_set = load_dataset(args, "train"), load_dataset(args, "test")
-    if WORLD_SIZE > 1 and LOCAL_RANK == 0:
-        dist.barrier()
+    if len(train_set.classes) < 2:  # of which any network is right on all images
+        raise ValueError(f"the data have one class, {train_set.classes}: --data-dir DIR means DIR/train/CLASS/IMAGE")
     if evaluation_set.classes != train_set.classes:
         differing = sorted({*train_set.classes} ^ {*evaluation_set.classes})[:5]
         raise ValueError(f"train/ and val/ have different classes: {differing}")
@@ -347,6 +348,8 @@ def load_dataset(args, part):
     """
     folder, size, training = Path(args.data_dir or "data"), args.image_size, part == "train"
     from_train_part = training or args.val_images > 0
+    if WORLD_SIZE > 1 and LOCAL_RANK > 0:
+        dist.barrier()  # until the first process of this machine has downloaded them
     if args.dataset == "imagefolder":  # one folder of image files per class, as ImageNet has it
         crop = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)])
         transform = train_transform(args, size, v2.RandomResizedCrop(size), crop) if training else crop
@@ -359,6 +362,8 @@ def load_dataset(args, part):
         crop = v2.CenterCrop(size)
         transform = train_transform(args, size, v2.RandomCrop(size, padding), crop) if training else crop
         dataset = whole = Images(images, targets, classes, transform)
+    if WORLD_SIZE > 1 and LOCAL_RANK == 0:
+        dist.barrier()
     if args.val_images:
         classes, targets = dataset.classes, torch.as_tensor(dataset.targets)
         chosen = balanced_subset(targets, args.val_images)
@@ -675,7 +680,7 @@ def make_parser():
     add("--weight-decay", default=0.05, type=float, help="not on norms and biases")
     add("--label-smoothing", default=0.0, type=zero_to_one, help="share of each target, spread over all classes")
     add("--ema-decay", default=0.0, type=zero_to_one, metavar="D",
-        help="average the weights over about 1 / (1 - D) steps, which must be far fewer than all; the paper: 0.9998")
+        help="average the weights over about 1 / (1 - D) steps; the paper's is 0.9998")
 
     add("--output-dir", type=path_type, help="where the run is written; by default runs/METHOD")
     add("--resume", action="store_true", help="continue from the checkpoint in --output-dir; start if there is none")
@@ -708,6 +713,8 @@ def parse_args():
         parser.error("--pretrained: convnet has no ImageNet weights; choose another --model")
     if args.pretrained and args.dataset == "imagenette":
         parser.error("--pretrained: ImageNet's training images include the test images of --dataset imagenette")
+    if args.data_dir and args.dataset.startswith("shapes"):
+        parser.error("--data-dir: shapes are drawn; choose another --dataset")
     size = {"imagenette": 64, "imagefolder": 224}.get(args.dataset)  # the other data have a size of their own
     args.image_size = size and (args.image_size or (args.parent["pixels"] if args.init else size))
     if args.lr is None:

@@ -308,7 +308,7 @@ def load_run(path, data_dir=None):
     path = checkpoint.parent
     results = [json.loads(file.read_bytes()) | {"file": file.name} for file in sorted(path.glob("*-*.json"))]
     results = [result for result in results if "robust_accuracy" in result]  # an unfinished evaluation has none
-    if results and not checkpoint.exists():
+    if results and not checkpoint.exists() and checkpoint.name == "checkpoint.pt":
         config = results[0]["config"]
         if len({result.get("sha256") for result in results}) > 1:
             raise ValueError(f"the results in {path} are of different checkpoints")
@@ -335,7 +335,8 @@ def tell_apart(runs):
                   for run, name, words in zip(same, names, differences([run.config for run in same]))]
         for number, (run, label) in enumerate(zip(same, labels)):
             if labels.count(label) > 1:
-                label = os.path.relpath(os.path.abspath(run.path), above)
+                path = run.path if run.checkpoint.name == "checkpoint.pt" else run.checkpoint
+                label = os.path.relpath(os.path.abspath(path), above)
             if len(run.metrics) < run.config["epochs"]:
                 label += f", {len(run.metrics)} of {run.config['epochs']} epochs"
             label = f" {label}" if label.startswith("_") else label  # which a legend would leave out
