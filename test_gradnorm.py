@@ -772,7 +772,7 @@ def test_init_with_other_classes_has_a_fresh_head(folder, tmp_path):
         "--warmup-epochs", "0")
     assert train.load_checkpoint(tmp_path / "larger")[1]["pixels"] == 16  # of the network, whatever the images
     with pytest.raises(RuntimeError, match="size mismatch for 0.weight"):  # a layer that is no head
-        train.load_matching(nn.Sequential(nn.Linear(5, 3)), nn.Sequential(nn.Linear(4, 3)).state_dict())
+        train.load_matching(nn.Sequential(nn.Linear(5, 3)), nn.Sequential(nn.Linear(4, 2)).state_dict())
     args = settings("--dataset", "imagefolder", "--init", str(tmp_path / "three"))
     assert args.image_size == 16 and settings("--dataset", "imagefolder").image_size == 224
     before, after = saved(tmp_path / "three"), saved(tmp_path / "run")
@@ -1941,11 +1941,13 @@ def test_attack_shows_pgd_and_what_the_models_say(runs):
     assert fooled > 0
 
 
-def test_loss_is_that_of_images_moved_along_the_sign_of_its_gradient(runs):
+def test_loss_is_that_of_images_moved_along_the_sign_of_its_gradient(runs, monkeypatch):
     loaded = drawable(runs[:2])
     for each in loaded:
         each.config["eps"] = 32 / 255
     images, labels = train.evaluation_images(train.load_evaluation_set(loaded[0].config), 12)
+    images[:, :, :8], images[:, :, 12:] = 0, 255  # at the walls
+    monkeypatch.setattr(train, "evaluation_images", lambda *_: (images, labels))
     drawn = list(curves(visualize.loss(loaded, count=12)).items())
     for each, lines in zip(loaded, (drawn[:3], drawn[3:6])):
         (curve, tangent, star), model = lines, train.load_checkpoint(each.path)[0].double()
