@@ -2043,6 +2043,11 @@ def test_legends_say_what_differs_and_what_is_unfinished(runs):
     labels = [run.style["label"].replace("\n", " ") for run in drawable(runs)]
     assert labels == ["natural", "double backprop, eps 8/255, epochs 5, 3 of 5 epochs",
                       "PGD-3, eps 16/255, epochs 3"]
+    shutil.copytree(runs[1], runs[1].with_name("difference"))
+    rewrite(runs[1] / "checkpoint.pt", epochs=3, lambda_gn=1.2)
+    rewrite(runs[1].with_name("difference") / "checkpoint.pt", epochs=3, lambda_gn=0.9, h=2 / 255)
+    labels = [run.style["label"].replace("\n", " ") for run in drawable([runs[1], runs[1].with_name("difference")])]
+    assert labels == ["double backprop, lambda-gn 1.2", "finite difference, lambda-gn 0.9"]
 
 
 def test_strips_are_the_kept_gradients(runs):

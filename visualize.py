@@ -323,24 +323,28 @@ def load_run(path, data_dir=None):
 
 def tell_apart(runs):
     """The runs, of the same data, each with the style of its lines. The colour is that of its method, in shades where
-    several have one; the label is the method and the flags that differ among its runs, or else the folder's name."""
+    several have one; the label is the method and the flags that differ, or else the folder's name."""
     must_agree(runs, "dataset", "classes", "images", "val_images", "image_size", "pixels")
     above = os.path.commonpath([os.path.abspath(run.path.parent) for run in runs])
-    robust = [run for run in runs if run.config["method"] != "natural"]  # natural training has no ε, and is the start
-    shared = dict(zip(map(id, robust), differences([run.config for run in robust], ["eps", "epochs"])))
+    same = {method: [run for run in runs if method_of(run.config) == method] for method in METHODS}
+    for run in runs:
+        run.words = [f"PGD-{run.config['steps']}" if run in same["PGD"] else method_of(run.config)]
+    robust = [run for run in runs if run not in same["natural"]]  # natural training has no ε, and is but the start
+    gradnorm = same["double backprop"] + same["finite difference"]
+    groups = [(robust, ["eps", "epochs"]), (gradnorm, ["lambda_gn"]), *((each, None) for each in same.values())]
+    for some, names in groups:
+        for run, words in zip(some, differences([run.config for run in some], names)):
+            run.words += [word for word in words if word not in run.words]
     for method, colour in METHODS.items():
-        same = [run for run in runs if method_of(run.config) == method]
-        names = [f"PGD-{run.config['steps']}" if method == "PGD" else method for run in same]
-        labels = [", ".join(dict.fromkeys([name, *words, *shared.get(id(run), [])]))
-                  for run, name, words in zip(same, names, differences([run.config for run in same]))]
-        for number, (run, label) in enumerate(zip(same, labels)):
-            if labels.count(label) > 1:
+        for number, run in enumerate(same[method]):
+            label = ", ".join(run.words)
+            if [other.words for other in same[method]].count(run.words) > 1:
                 path = run.path if run.checkpoint.name == "checkpoint.pt" else run.checkpoint
                 label = os.path.relpath(os.path.abspath(path), above)
             if len(run.metrics) < run.config["epochs"]:
                 label += f", {len(run.metrics)} of {run.config['epochs']} epochs"
             label = f" {label}" if label.startswith("_") else label  # which a legend would leave out
-            shade = tuple(1 - (1 - number / (len(same) + 1)) * (1 - channel) for channel in to_rgb(colour))
+            shade = tuple(1 - (1 - number / (len(same[method]) + 1)) * (1 - channel) for channel in to_rgb(colour))
             run.style = {"color": shade, "marker": "osD^vPX*"[number % 8], "label": wrapped(label, 24)}
     return runs
 
