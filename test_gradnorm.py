@@ -1531,6 +1531,19 @@ def test_an_images_verdict_does_not_depend_on_its_batch(short_square):
         torch.testing.assert_close(evaluate.proved_radius(model, x, y, images), radius)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name, eps", [("natural-0", 2 / 255), ("gradnorm-0", 8 / 255)])
+def test_verdicts_are_those_of_torchattacks(name, eps):
+    """Where it is installed; takes a minute."""
+    torchattacks = pytest.importorskip("torchattacks")
+    model, config = train.load_checkpoint(HERE / "results/shapes" / name)
+    images, y = train.evaluation_images(train.load_evaluation_set(config), 24)
+    theirs = torchattacks.AutoAttack(model, eps=eps, n_classes=10, version="standard", seed=0)
+    ours, theirs = (model(attacked).argmax(1) == y for attacked in (
+        evaluate.autoattack(model, images / 255, y, eps=eps), theirs(images / 255, y)))
+    assert torch.equal(ours, theirs) and 0 < ours.sum() < 24
+
+
 def test_only_what_is_proved_counts(monkeypatch):
     model, x, y = task()
     outside, nan = x.clone(), x.clone()
