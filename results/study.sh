@@ -85,7 +85,7 @@ setting() {  # setting NAME FLAGS...
 }
 
 photograph_settings() {
-    local lr lambda
+    local lr lambda smoothing
     photograph imagenette-settings/natural --method natural --epochs 30 --val-images 1000 --eval-images 200
     photograph imagenette-settings/natural-3e-3 --method natural --epochs 30 --lr 3e-3 --val-images 1000 \
         --eval-images 200
@@ -102,6 +102,9 @@ photograph_settings() {
     done
     for lambda in 0.6 0.9 1.2; do
         setting every-2-$lambda --method gradnorm --h 2/255 --gradnorm-every 2 --lambda-gn $lambda
+    done
+    for smoothing in 0.1 0.2; do
+        setting gradnorm-smooth-$smoothing --method gradnorm --lr 2e-2 --label-smoothing $smoothing
     done
     setting adversarial-20-epochs --method adversarial --lr 2e-2 --epochs 20  # at full length
     for lambda in 0.9 1.05 1.2; do
@@ -137,7 +140,7 @@ photographs() {
     seeds adversarial --method adversarial --lr 2e-2 --eval-images 200 $start
     seeds adversarial-1e-2 --method adversarial $start
     local smooth="--lr 2e-2 --label-smoothing 0.1 --eval-images 200 $start"
-    SEEDS=0 seeds gradnorm-smooth --method gradnorm $smooth
+    SEEDS="0 1" seeds gradnorm-smooth --method gradnorm $smooth
     SEEDS=0 seeds difference-smooth --method gradnorm --h 2/255 $smooth
     SEEDS=0 seeds single-smooth --method adversarial --steps 1 $smooth
     SEEDS=0 seeds adversarial-smooth --method adversarial $smooth
