@@ -848,6 +848,13 @@ def test_two_processes_evaluate_what_is_saved_and_stop_together_at_a_nan(folder,
     assert line["gradient_norm"] == pytest.approx(norm, rel=3e-5)
 
 
+def publish(network, monkeypatch):
+    """Makes its weights those that torchvision gives, without a download."""
+    build = torchvision.models.get_model
+    monkeypatch.setattr(torchvision.models, "get_model",
+                        lambda name, weights=None, **others: network if weights else build(name, **others))
+
+
 @pytest.mark.parametrize("start", ["--init", "--pretrained"])
 def test_batchnorm_is_frozen_in_a_run_that_starts_from_trained_weights(folder, tmp_path, monkeypatch, start):
     def flags(name):
@@ -859,9 +866,7 @@ def test_batchnorm_is_frozen_in_a_run_that_starts_from_trained_weights(folder, t
     weights = {name.removeprefix("1."): value for name, value in natural.items() if name.startswith("1.")}
     published = torchvision.models.get_model("resnet18", num_classes=3)
     published.load_state_dict(weights)
-    build = torchvision.models.get_model
-    monkeypatch.setattr(torchvision.models, "get_model",
-                        lambda name, weights=None, **others: published if weights else build(name, **others))
+    publish(published, monkeypatch)
     run(*flags("robust"), *([start, tmp_path / "natural"] if start == "--init" else [start, "--model", "resnet18"]))
     robust = saved(tmp_path / "robust")
     statistics = [name for name in natural if "running" in name or "num_batches" in name]
@@ -1191,10 +1196,9 @@ def test_a_file_that_is_no_whole_checkpoint_is_named_and_left_as_it_is(folder, t
 
 @pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "mobilenet_v3_small"])
 def test_pretrained_weights_are_taken_but_for_a_head_of_other_classes(monkeypatch, name):
-    build, published = torchvision.models.get_model, torchvision.models.get_model(name)
+    published = torchvision.models.get_model(name)
     weights = {key: value.clone() for key, value in published.state_dict().items()}
-    monkeypatch.setattr(torchvision.models, "get_model",
-                        lambda name, weights=None, **others: published if weights else build(name, **others))
+    publish(published, monkeypatch)
     kept = train.build_model(name, 3, 1000, pretrained=True)[1]
     assert all(torch.equal(value, weights[key]) for key, value in kept.state_dict().items())
     model = train.build_model(name, 3, 7, pretrained=True).eval()
@@ -1236,10 +1240,10 @@ def test_train_and_val_must_have_the_same_classes(folder, tmp_path):
 
 def test_natural_training_collapses_under_pgd_where_gradnorm_holds(tmp_path):
     """On `shapes`, at the paper's ε, in the paper's way: GradNorm starts from the naturally trained network."""
-    run("--method", "natural", "--epochs", "3", "--warmup-epochs", "1", "--output-dir", tmp_path / "natural")
+    run("--method", "natural", "--epochs", "3", "--output-dir", tmp_path / "natural")
     run("--init", tmp_path / "natural", "--epochs", "1", "--warmup-epochs", "0", "--output-dir", tmp_path / "gradnorm")
     natural, gradnorm = metrics(tmp_path / "natural")[-1], metrics(tmp_path / "gradnorm")[-1]
-    assert natural["clean_accuracy"] > 90 and natural["pgd10_accuracy"] < 30
+    assert natural["clean_accuracy"] > 90 and natural["pgd10_accuracy"] < 15
     assert gradnorm["clean_accuracy"] > 90 and gradnorm["pgd10_accuracy"] > 60
 
 

@@ -128,9 +128,10 @@ def main():
         objective = DistributedDataParallel(objective, device_ids=[LOCAL_RANK] if device.type == "cuda" else None)
     optimizer = build_optimizer(model, args)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay)) if args.ema_decay else None
-    if ema and args.ema_decay ** (args.epochs * len(loader)) > 0.01:  # it would look like a method without effect
-        raise ValueError(f"--ema-decay {args.ema_decay}: at the end the first weights would still be "
-                         f"{args.ema_decay ** (args.epochs * len(loader)):.0%} of the average")
+    first_share = args.ema_decay ** (args.epochs * len(loader))
+    if ema and first_share > 0.01:  # it would look like a method without effect
+        raise ValueError(f"--ema-decay {args.ema_decay}: at the end the first weights would still be {first_share:.0%} "
+                         "of the average")
     output_dir = Path(args.output_dir)
     first_epoch, metrics = resume(output_dir / "checkpoint.pt", model, optimizer, ema, args)
     if RANK == 0:
@@ -153,7 +154,7 @@ def main():
                             **validate(averaged, images, labels, args.eps, args.batch_size, device)})
             few, their_labels = images[:4].clone(), labels[:4].clone()  # with a view torch.save would write all images
             gradients = input_gradient(averaged, few.to(device).float() / 255, their_labels.to(device))
-            write_epoch(output_dir, model, ema, optimizer, metrics, args,
+            write_epoch(output_dir, model, optimizer, ema, metrics, args,
                         {"images": few, "labels": their_labels, "gradients": gradients.bfloat16().cpu()})
             print("  ".join(f"{name} {value:.4g}" for name, value in metrics[-1].items()), flush=True)
     leave_processes()
@@ -314,7 +315,7 @@ def first_model(args, image):
     if args.val_images and parent["classes"] == args.classes and (changed or args.val_images > parent["val_images"]):
         raise ValueError(f"--val-images {args.val_images}: {args.init} was trained on some of these images")
     model = build_model(args.model, parent["channels"], len(args.classes), args.activation, image_size=parent["pixels"])
-    load_matching(model, load_checkpoint(args.init)[0].state_dict())
+    load_matching(model, trained_weights(read_checkpoint(args.init)))
     return model
 
 
@@ -530,18 +531,22 @@ def read_checkpoint(path):
         raise ValueError(f"{path} is no checkpoint of train.py, or no whole one") from None
 
 
+def trained_weights(checkpoint):
+    """The averaged weights if it was trained with --ema-decay, else those of the last step."""
+    if not checkpoint.get("ema"):
+        return checkpoint["model"]
+    return {name.removeprefix("module."): w for name, w in checkpoint["ema"].items() if name != "n_averaged"}
+
+
 def load_checkpoint(path, device="cpu"):
     """The model of a checkpoint, in eval mode, and its configuration, a dict of train.py's flags, `classes` (names),
     `channels`, `pixels` (the side of its images), `parent` (the `experiment` of the run that --init named, or None)
-    and `epoch`, the last one trained. The averaged weights if it was trained with --ema-decay."""
+    and `epoch`, the last one trained."""
     checkpoint = read_checkpoint(path)
     config = checkpoint["config"] | {"epoch": checkpoint["epoch"]}
     model = build_model(config["model"], config["channels"], len(config["classes"]), config["activation"],
                         image_size=config["pixels"])
-    weights = checkpoint["model"]
-    if checkpoint.get("ema"):
-        weights = {name.removeprefix("module."): w for name, w in checkpoint["ema"].items() if name != "n_averaged"}
-    model.load_state_dict(weights)
+    model.load_state_dict(trained_weights(checkpoint))
     return model.eval().to(device), config
 
 
@@ -560,7 +565,7 @@ def resume(path, model, optimizer, ema, args):
     return checkpoint["epoch"], checkpoint["metrics"]
 
 
-def write_epoch(output_dir, model, ema, optimizer, metrics, args, gradients):
+def write_epoch(output_dir, model, optimizer, ema, metrics, args, gradients):
     epoch = len(metrics)
     with atomic_write(output_dir / f"gradients/{epoch:04d}.pt") as file:
         torch.save(gradients, file)

@@ -21,10 +21,15 @@ TRAININGS = {"natural": "natural", "double backprop": "gradnorm", "double backpr
              "finite difference, λ_GN = 0.9, every 2nd step": "every-2",
              "single-step": "single", "single-step, 36 epochs": "single-long", "PGD-3": "adversarial",
              "PGD-3, half the rate": "adversarial-1e-2", "PGD-3, 40 epochs": "adversarial-40"}
-SMOOTH = {"double backprop": "gradnorm", "finite difference": "difference-1.2", "single-step": "single",
-          "PGD-3": "adversarial"}  # with label smoothing: gradnorm-smooth and so on, but difference-smooth
+SMOOTH = {"double backprop": "gradnorm-smooth", "finite difference": "difference-smooth",
+          "single-step": "single-smooth", "PGD-3": "adversarial-smooth"}
 PUBLISHED = {"natural": "imagenette/natural-0", "double backprop": "imagenette/gradnorm-0",
              "finite difference": "imagenette-cpu/finite-difference-1.2", "PGD-3": "imagenette/adversarial-0"}
+
+
+def folders(run):
+    """The folders of a training in imagenette/, one for each seed."""
+    return sorted(f"imagenette/{path.name}" for path in (HERE / "imagenette").glob(f"{run}-[012]"))
 
 
 def read(file, runs):
@@ -63,8 +68,7 @@ def clean(*runs):
 
 
 def main():
-    runs = {name: sorted(f"imagenette/{path.name}" for path in (HERE / "imagenette").glob(f"{run}-[012]"))
-            for name, run in TRAININGS.items()}
+    runs = {name: folders(run) for name, run in TRAININGS.items()}
     pgd = {name: standing("pgd20-3925-eps4.json", *runs[name]) for name in runs}
     some = {name: images[:, :256] for name, images in pgd.items()}  # those that AutoAttack met
     auto = {name: standing("autoattack-256-eps4.json", *runs[name]) for name in runs}
@@ -78,11 +82,10 @@ def main():
 
     rows = []
     for name, run in SMOOTH.items():
-        smooth = sorted(path.name for path in (HERE / "imagenette").glob(f"{run.removesuffix('-1.2')}-smooth-[012]"))
-        with_it = [f"imagenette/{each}" for each in smooth]
-        without = [f"imagenette/{run}-{each[-1]}" for each in smooth]  # the same seeds
+        with_it = folders(run)
+        without = [f"imagenette/{TRAININGS[name]}-{each[-1]}" for each in with_it]  # the same seeds
         ours, theirs = standing("pgd20-3925-eps4.json", *with_it), standing("pgd20-3925-eps4.json", *without)
-        rows.append([f"{name}, label smoothing 0.1", str(len(smooth)), mean(clean(*with_it)), mean(ours),
+        rows.append([f"{name}, label smoothing 0.1", str(len(with_it)), mean(clean(*with_it)), mean(ours),
                      f"{(clean(*with_it) - clean(*without)).mean():+.1f}".replace("-", "−"), difference(ours, theirs)])
     table(["with label smoothing", "seeds", "clean", "PGD-20", "clean, minus without", "PGD-20, minus without"], *rows)
 
